@@ -1,0 +1,68 @@
+"""Tokens made once: the dataset of a generator is what its tokenizer made of the images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from genkit import config as configs
+from genkit import registry
+from genkit.checkpoint import find_run
+from genkit.errors import UsageError
+
+
+def tokenizer_of(config: Mapping[str, Any], device: Any = "cpu") -> tuple[Any, str]:
+    """The trained tokenizer a generator's config names, and the fingerprint of its weights."""
+    from genkit.coding import tokenizer_fingerprint
+    from genkit.pipeline import open_run
+
+    source = config["tokenizer"]["from"]
+    try:
+        pipeline = open_run(source, device=device)
+    except UsageError as error:
+        raise UsageError(f"tokenizer.from={source}: {error}") from None
+    return pipeline.tokenizer, tokenizer_fingerprint(pipeline.tokenizer)
+
+
+def token_dataset(config: Mapping[str, Any], tokenizer: Any, fingerprint: str, root: Path, device: Any = "cpu") -> Any:
+    """The tokens of the config's data, from the cache where data and tokenizer are the same, else encoded now."""
+    from genkit.console import Progress
+    from genkit.data import cache as store
+    from genkit.data.tokens import Tokens
+
+    dataset = registry.build("data", config["data"])
+    name = f"{config['data']['type']}-{Path(config['tokenizer']['from']).name}"
+    with Progress(total=len(dataset), unit="images", title=f"caching {name}") as progress:
+        done = 0
+
+        def show(count: int, total: int) -> None:
+            nonlocal done
+            progress.advance(count - done)
+            done = count
+
+        path = store.find_or_build(
+            tokenizer, dataset, root, name=name, tokenizer_fingerprint=fingerprint, device=device, progress=show
+        )
+    return Tokens(path=str(path))
+
+
+def cache(
+    config: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    out: str = "cache",
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Encode the data of a generator's recipe with its tokenizer. Training does the same when it finds no cache.
+
+    Returns: path, number of samples, grid, codebook usage and perplexity.
+    """
+    resolved = configs.resolve(config, overrides)
+    if resolved.task != "generate":
+        raise UsageError(f"{resolved.file} trains a tokenizer; caching needs the recipe of a generator (with a section `backbone`)")
+    find_run(resolved["tokenizer"]["from"])
+    tokenizer, fingerprint = tokenizer_of(resolved, device or "cpu")
+    tokens = token_dataset(resolved, tokenizer, fingerprint, Path(out), device or "cpu")
+    figures = {key: tokens.meta[key] for key in ("grid", "codebook_size", "codebook_usage", "perplexity") if key in tokens.meta}
+    return {"path": str(tokens.path), "samples": len(tokens), **figures}

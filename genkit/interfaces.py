@@ -1,0 +1,121 @@
+"""The contracts on one page: what passes between parts. No logic.
+
+Letters: `B` batch, `C` channels, `*grid` any of `Y X`, `F Y X`, `Z Y X`, `N` tokens, `D` width, `Q` quantiser levels, `S` codebook size,
+`A` axes of the grid. Images `[B, C, Y, X]` and video `[B, C, F, Y, X]` are floats in [-1, 1]; ids `[B, Q, *grid]` are int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from genkit.rng import Rng
+
+# Everything a model is conditioned on, by name. "label": [B] int64, -1 = no label (the null class of classifier-free guidance).
+Cond = Mapping[str, "Tensor"]
+
+# What lives between two calls of a model while sampling: key/values, reused context features, attention statistics.
+# The sampler decides when to refresh it, the mixer (under its own layer number) what is kept.
+Cache = dict[Any, Any]
+
+# (x_t [B, C, *grid], t []) -> (x0, noise), both shaped like x_t. The one form VP, VE, EDM and straight flow share.
+Predict = Callable[["Tensor", "Tensor"], "tuple[Tensor, Tensor]"]
+
+# (ids [B, Q, *grid], known [B, Q, *grid] bool, cache) -> logits [B, Q, *grid, S]. Where known is False the value of ids is ignored.
+PredictIds = Callable[["Tensor", "Tensor", "Cache | None"], "Tensor"]
+
+OnStep = Callable[[int, int, "Tensor"], None]  # (step from 0, number of steps, state)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where tokens sit. A mixer sees tokens and a Layout, never an image."""
+
+    coords: Tensor  # [B or 1, N, A] float, in units of one token
+    grid: tuple[int, ...] | None  # dense row-major grid, else None
+    valid: Tensor | None = None  # [B, N] bool, False = padding (mixed sizes)
+    tree: Any = None  # packed octree nodes: B = 1, N = M
+
+
+@dataclass
+class Encoded:
+    """What a tokenizer makes of a batch."""
+
+    z: Tensor  # [B, C, *grid], unit variance
+    ids: Tensor | None  # [B, Q, *grid] int64; None for continuous tokenizers
+    losses: dict[str, Tensor] = field(default_factory=dict)  # name -> [B]
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a dataset knows of itself; everything a model must fit to is read from here and never typed twice."""
+
+    shape: tuple[int, ...]  # of one sample: (C, Y, X)
+    class_names: tuple[str, ...]  # empty = unlabelled
+    fingerprint: str  # hex; changes when the samples or their order change
+    source: str  # one line for people: where the samples came from
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Images, video or shapes <-> latents and ids."""
+
+    channels: int  # of z
+    stride: int  # pixels per token along each axis
+    num_levels: int  # Q; 0 = continuous
+    codebook_size: int  # S; 0 = continuous
+
+    def encode(self, x: Tensor) -> Encoded: ...
+    def decode(self, z: Tensor) -> Tensor: ...
+    def codes(self, ids: Tensor) -> Tensor: ...  # [B, Q, *grid] -> z [B, C, *grid]
+
+
+class TokenMixer(Protocol):
+    """Moves information between tokens: [B, N, D] -> [B, N, D]. Made by mixer(dim=..., layer=...)."""
+
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor: ...
+
+
+class Backbone(Protocol):
+    """Tensors to tensors: noisy latents -> latents, or ids (mask id = S) -> logits."""
+
+    def forward(self, x: Tensor, t: Tensor | None, cond: Cond, layout: Layout, cache: Cache | None = None) -> Tensor: ...
+
+
+class Objective(Protocol):
+    """Model and data -> losses; model -> what a sampler may call.
+
+    `target` is what the tokenizer made of the data (ids or z), or the data itself when a tokenizer is what is trained.
+    """
+
+    def __call__(self, model: Any, target: Tensor, cond: Cond, layout: Layout | None, rng: Rng) -> dict[str, Tensor]: ...
+    def predictor(self, model: Any, cond: Cond, layout: Layout) -> Predict | PredictIds: ...
+
+
+class Sampler(Protocol):
+    """Start state + what it may call -> a finished state. `rng` holds one stream per sample: sample 17 is the same in any batch."""
+
+    def __call__(self, predict: Any, start: Tensor, rng: Rng, on_step: OnStep | None = None) -> Tensor: ...
+
+
+class Dataset(Protocol):
+    """Samples by number. `x` [C, Y, X] float in [-1, 1], `label` int (-1 = none), `key` a name a person can find it by."""
+
+    info: DataInfo
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+class Metric(Protocol):
+    """Fed batches, asked once. Its state is a flat dict of tensors that may be summed over processes."""
+
+    def update(self, **batch: Any) -> None: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def result(self) -> dict[str, float]: ...
+
+

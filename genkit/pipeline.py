@@ -1,0 +1,259 @@
+"""Trained parts as diffusers pipelines: what a checkpoint holds and what people call.
+
+Saved pipelines name our parts ["genkit", "VQ"], so they load without remote code and survive files that move. diffusers accepts a library
+it does not know when it stands in its table of loadable classes; that table is private, so a test holds it for the installed release.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.pipelines import pipeline_loading_utils
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from genkit import registry
+from genkit.checkpoint import find_run
+from genkit.errors import GenkitError, UsageError
+from genkit.guidance import guide
+from genkit.interfaces import OnStep
+from genkit.nn.layout import dense_layout
+from genkit.rng import Rng
+
+pipeline_loading_utils.LOADABLE_CLASSES.setdefault("genkit", {})
+
+
+@dataclass
+class ImagesOutput(BaseOutput):
+    """`images`: a list of PIL images, or a tensor [B, C, Y, X] in [-1, 1] with output_type="pt", or an array [B, Y, X, C] in [0, 1]."""
+
+    images: Any
+
+
+class TokenizerPipeline(DiffusionPipeline):
+    """A trained tokenizer. `run_config` is the resolved config of the run that made it."""
+
+    def __init__(self, tokenizer: ModelMixin, run_config: dict[str, Any] | None = None):
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer)
+        self.register_to_config(run_config=run_config)
+        self.run_config = run_config
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Reconstruct images [B, C, Y, X] in [-1, 1]."""
+        return self.tokenizer(images.to(self.device))[0].clamp(-1, 1)
+
+
+class GeneratorPipeline(DiffusionPipeline):
+    """Tokenizer, backbone, objective and sampler as one thing that makes images.
+
+    Args:
+        tokenizer, backbone: trained modules.
+        objective, sampler: checked specs of the parts that turn the backbone into a predictor and call it.
+        grid: tokens along each axis of a generated sample.
+        class_names: one per class; empty for an unconditional model.
+        run_config: resolved config of the run, for the record.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ModelMixin,
+        backbone: ModelMixin,
+        objective: dict[str, Any],
+        sampler: dict[str, Any],
+        grid: Sequence[int],
+        class_names: Sequence[str] = (),
+        run_config: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, backbone=backbone)
+        self.register_to_config(
+            objective=objective, sampler=sampler, grid=list(grid), class_names=list(class_names), run_config=run_config
+        )
+        self.objective = objective
+        self.sampler = sampler
+        self.grid = tuple(grid)
+        self.class_names = tuple(class_names)
+        self.run_config = run_config
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        labels: Tensor,
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Samples by label and seed: the same pair gives the same image in any batch.
+
+        Args:
+            labels: [B] int64, -1 = no class.
+            seeds: one per sample.
+            steps, guidance: instead of the sampler's own; guidance 1 = off.
+
+        Returns: [B, C, Y, X] in [-1, 1].
+        """
+        spec = {k: v for k, v in self.sampler.items() if k not in ("guidance", "guidance_schedule")}
+        if steps is not None:
+            if steps < 1:
+                raise UsageError(f"steps={steps}: a sampler takes at least one step")
+            spec["num_steps"] = steps
+        sampler = registry.build("sampler", spec)
+        objective = registry.build("objective", self.objective)
+        labels = self.check_labels(labels)
+        rng = Rng(list(seeds), device=self.device)
+        predict = guide(
+            objective,
+            self.backbone,
+            {"label": labels.to(self.device)},
+            dense_layout(self.grid, device=self.device),
+            strength=self.sampler["guidance"] if guidance is None else guidance,
+            schedule=self.sampler["guidance_schedule"],
+        )
+        if objective.target == "ids":
+            shape = (len(labels), self.tokenizer.num_levels, *self.grid)
+            start = torch.full(shape, self.tokenizer.codebook_size, dtype=torch.int64, device=self.device)
+            z = self.tokenizer.codes(sampler(predict, start, rng, on_step))
+        else:
+            start = rng.fork("start").normal(self.tokenizer.channels, *self.grid)
+            z = sampler(predict, start, rng, on_step)
+        return self.tokenizer.decode(z).clamp(-1, 1)
+
+    def check_labels(self, labels: Tensor) -> Tensor:
+        """Raises UsageError for a label that is no class of this model."""
+        wrong = labels[(labels < -1) | (labels >= max(self.num_classes, 0))]
+        wrong = wrong[wrong != -1]
+        if len(wrong):
+            classes = f"0-{self.num_classes - 1}" if self.num_classes else "none (the model is unconditional)"
+            raise UsageError(f"label {int(wrong[0])} is out of range; classes: {classes}")
+        return labels
+
+    def __call__(
+        self,
+        class_labels: Sequence[int | str] | Tensor | None = None,
+        num_images: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Any = None,
+    ) -> ImagesOutput | tuple[Any]:
+        """Generate images, in the way of diffusers pipelines.
+
+        Args:
+            class_labels: class numbers or names, one per image; None = every class in turn, or no class.
+            num_images: how many; by default one per label.
+            guidance_scale: 1 = off; None = the recipe's.
+            generator: one generator, or one per image; None draws seeds at random.
+            output_type: "pil", "np" or "pt".
+            callback_on_step_end: called as f(pipeline, step, num_steps, {"state": tensor}).
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise UsageError(f"output_type={output_type!r}; known: pil, np, pt")
+        labels = self._labels(class_labels, num_images)
+        seeds = draw_seeds(generator, len(labels))
+
+        def on_step(step: int, total: int, state: Tensor) -> None:
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, step, total, {"state": state})
+
+        x = self.generate(labels, seeds, steps=num_inference_steps, guidance=guidance_scale, on_step=on_step)
+        from genkit.images import to_pil
+
+        images = to_pil(x) if output_type == "pil" else x if output_type == "pt" else ((x + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
+        return ImagesOutput(images=images) if return_dict else (images,)
+
+    def _labels(self, labels: Sequence[int | str] | Tensor | None, count: int | None) -> Tensor:
+        if labels is None:
+            count = 1 if count is None else count
+            return torch.arange(count) % self.num_classes if self.num_classes else torch.full((count,), -1)
+        chosen = [class_number(label, self.class_names) for label in (labels.tolist() if isinstance(labels, Tensor) else labels)]
+        if not chosen:
+            raise UsageError("class_labels is empty; give at least one class number or name")
+        return torch.tensor([chosen[i % len(chosen)] for i in range(count or len(chosen))], dtype=torch.int64)
+
+
+def class_number(label: int | str, names: Sequence[str]) -> int:
+    """A class given by number or by name (any case). Raises UsageError naming the nearest class."""
+    if isinstance(label, int):
+        return label
+    by_name = {name.lower(): i for i, name in enumerate(names)}
+    if label.lower() not in by_name:
+        from genkit.errors import nearest
+
+        raise UsageError(f"no class is called '{label}'; {nearest(label, list(names))}")
+    return by_name[label.lower()]
+
+
+def draw_seeds(generator: torch.Generator | list[torch.Generator] | None, count: int) -> list[int]:
+    """One seed per image, from one generator or from one each."""
+    if isinstance(generator, list):
+        if len(generator) != count:
+            raise UsageError(f"{len(generator)} generators for {count} images; give one, or one per image")
+        return [int(torch.randint(2**62, (), generator=g, device=g.device)) for g in generator]
+    device = generator.device if generator is not None else "cpu"
+    return torch.randint(2**62, (count,), generator=generator, device=device).tolist()
+
+
+def _pipeline_folder(path: str | Path) -> Path:
+    """The pipeline inside a run, a checkpoint, or the folder itself."""
+    folder = Path(path)
+    if (folder / "model_index.json").is_file():
+        return folder
+    if (folder / "pipeline" / "model_index.json").is_file():
+        return folder / "pipeline"
+    last = find_run(folder).last
+    if last is None:
+        raise GenkitError(f"run {folder} has no checkpoint yet; run `genkit train` until it saves one")
+    return last / "pipeline"
+
+
+def open_run(path: str | Path, ema: bool = True, device: str | torch.device | None = None) -> Any:
+    """The pipeline of a run (its last checkpoint), of a checkpoint or of a pipeline folder, in eval mode.
+
+    Args:
+        ema: averaged weights where there are some.
+    """
+    folder = _pipeline_folder(path)
+    index = json.loads((folder / "model_index.json").read_text())
+    cls = {c.__name__: c for c in (TokenizerPipeline, GeneratorPipeline)}.get(index.get("_class_name", ""))
+    if cls is None:
+        raise GenkitError(f"{folder} holds a {index.get('_class_name')}, which genkit does not know; load it with diffusers")
+    variant = "ema" if ema and any(folder.glob("*/*.ema.safetensors")) else None
+    # Parts make small tables of their own at construction, which the meta-device shortcut would lose.
+    pipeline = cls.from_pretrained(folder, variant=variant, low_cpu_mem_usage=False)
+    for component in pipeline.components.values():
+        component.eval().requires_grad_(False)
+    pipeline.weights_variant = variant or "raw"
+    pipeline.folder = folder
+    return pipeline.to(device) if device is not None else pipeline
+
+
+class AutoPipeline:
+    """`AutoPipeline.from_pretrained("runs/NAME")`: the right pipeline for a run, a checkpoint or a pipeline folder."""
+
+    @staticmethod
+    def from_pretrained(path: str | Path, *, ema: bool = True, device: str | torch.device | None = None) -> Any:
+        return open_run(path, ema=ema, device=device)
+
+
+class AutoTokenizer:
+    """`AutoTokenizer.from_pretrained("runs/NAME")`: the tokenizer module of a tokenizer's or a generator's run."""
+
+    @staticmethod
+    def from_pretrained(path: str | Path, *, ema: bool = True, device: str | torch.device | None = None) -> Any:
+        return open_run(path, ema=ema, device=device).tokenizer

@@ -1,0 +1,159 @@
+"""From a trained run to images on disk."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genkit import files, images
+from genkit.errors import UsageError
+from genkit.rng import sample_seeds
+
+
+def parse_labels(text: str | Sequence[int | str] | None, class_names: Sequence[str]) -> list[int]:
+    """Class numbers from "0-9", "3,7", "Sneaker,Bag" or a list; None = every class, or [-1] for an unconditional model.
+
+    Raises: UsageError for a number out of range or an unknown name.
+    """
+    from genkit.pipeline import class_number
+
+    if text is None:
+        return list(range(len(class_names))) or [-1]
+    chosen: list[int] = []
+    for word in text.split(",") if isinstance(text, str) else text:
+        if isinstance(word, str) and (span := re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", word)):
+            chosen += range(int(span[1]), int(span[2]) + 1)
+        elif isinstance(word, str) and re.fullmatch(r"\s*-?\d+\s*", word):
+            chosen.append(int(word))
+        else:
+            chosen.append(class_number(word.strip() if isinstance(word, str) else word, class_names))
+    wrong = [label for label in chosen if not -1 <= label < len(class_names)]
+    if wrong or not chosen:
+        classes = f"0-{len(class_names) - 1}" if class_names else "none: the model is unconditional"
+        raise UsageError(f"labels {text!r}: {wrong[0] if wrong else 'nothing'} is not a class of this model (classes {classes})")
+    return chosen
+
+
+def sample(
+    run: str | Path,
+    *,
+    count: int | None = None,
+    labels: str | Sequence[int | str] | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    ema: bool = True,
+    batch_size: int = 64,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Write `count` PNGs, a grid with one row per class, and samples.json with every label and seed.
+
+    Image i has label labels[i mod len(labels)] and seed `seed * 2^32 + i`; it is the same for any batch size and number of processes.
+    An interrupted call continues when it is repeated. Under `accelerate launch` the images are shared out over the processes.
+
+    Args:
+        count: how many; by default one per label.
+        labels: see `parse_labels`.
+        out: folder; by default RUN/samples/seed-SEED.
+
+    Returns: images, out, grid, json (paths) and seconds.
+    """
+    from accelerate import PartialState
+
+    from genkit.pipeline import open_run
+
+    state = PartialState(cpu=device == "cpu")
+    pipeline = open_run(run, ema=ema, device=device or state.device)
+    if not hasattr(pipeline, "generate"):
+        raise UsageError(f"run {run} is a tokenizer; sampling needs a generator's run (`genkit encode` and `decode` use tokenizers)")
+    chosen = parse_labels(labels, pipeline.class_names)
+    count = len(chosen) if count is None else count
+    if count < 1:
+        raise UsageError(f"-n {count}: at least one sample is needed")
+    all_labels = [chosen[i % len(chosen)] for i in range(count)]
+    seeds = sample_seeds(seed, 0, count)
+    folder = Path(out) if out is not None else Path(run) / "samples" / f"seed-{seed}"
+    settings = {
+        "run": str(run),
+        "checkpoint": pipeline.folder.parent.name,
+        "weights": pipeline.weights_variant,
+        "sampler": pipeline.sampler
+        | ({} if steps is None else {"num_steps": steps})
+        | ({} if guidance is None else {"guidance": guidance}),
+    }
+    names = [f"{i:06d}.png" for i in range(count)]
+    rows = [
+        {"file": name, "label": label, "class": pipeline.class_names[label] if label >= 0 else None, "seed": seed}
+        for name, label, seed in zip(names, all_labels, seeds, strict=True)
+    ]
+    if state.is_main_process:
+        _claim(folder, {**settings, "samples": rows})
+    state.wait_for_everyone()
+
+    started = time.perf_counter()
+    todo = [i for i in range(count) if not (folder / names[i]).exists()][state.process_index :: state.num_processes]
+    for first in range(0, len(todo), batch_size):
+        part = todo[first : first + batch_size]
+        x = pipeline.generate(
+            torch.tensor([all_labels[i] for i in part]), [seeds[i] for i in part], steps=steps, guidance=guidance
+        )
+        for i, picture in zip(part, images.to_pil(x), strict=True):
+            images.write_png(folder / names[i], picture)
+    state.wait_for_everyone()
+    seconds = time.perf_counter() - started
+    if state.is_main_process:
+        shown = range(min(count, 200))
+        tensors = _read([folder / names[i] for i in shown])
+        images.write_png(folder / "grid.png", class_grid(tensors, [all_labels[i] for i in shown], pipeline.class_names))
+    return {
+        "images": count,
+        "out": str(folder),
+        "grid": str(folder / "grid.png"),
+        "json": str(folder / "samples.json"),
+        "seconds": seconds,
+    }
+
+
+def _claim(folder: Path, record: dict[str, Any]) -> None:
+    """Make the folder this call's own: continue the same samples, refuse to mix with others."""
+    path = folder / "samples.json"
+    if path.exists():
+        if json.loads(path.read_text()) != json.loads(json.dumps(record)):
+            raise UsageError(f"{folder} holds other samples (see {path.name} in it); choose another -o or remove it")
+        return
+    if folder.exists() and any(folder.glob("*.png")):
+        raise UsageError(f"{folder} holds images that were not sampled by this command; choose another -o")
+    files.write_json(path, record)
+
+
+def _read(paths: list[Path]) -> Tensor:
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.stack([np.atleast_3d(np.asarray(Image.open(path))) for path in paths])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def class_grid(x: Tensor, labels: list[int], class_names: Sequence[str], columns: int = 16) -> Any:
+    """Samples with one named row per class; a plain square for unconditional samples.
+
+    Args:
+        x: [B, C, Y, X] in [-1, 1].
+        columns: at most this many of each class.
+    """
+    distinct = list(dict.fromkeys(labels))
+    if distinct == [-1]:
+        return images.grid(x, columns=max(1, round(len(x) ** 0.5)))
+    by_class = [[i for i, label in enumerate(labels) if label == row][:columns] for row in distinct]
+    width = max(map(len, by_class))
+    blank = torch.ones_like(x[:1])
+    tiles = torch.cat([torch.cat([x[own], *[blank] * (width - len(own))]) for own in by_class])
+    return images.grid(tiles, columns=width, row_names=[class_names[label] if label >= 0 else "any" for label in distinct])
