@@ -60,9 +60,13 @@ def cache(
     """
     resolved = configs.resolve(config, overrides)
     if resolved.task != "generate":
-        raise UsageError(f"{resolved.file} trains a tokenizer; caching needs the recipe of a generator (with a section `backbone`)")
+        raise UsageError(
+            f"{resolved.file} trains a tokenizer; caching needs the recipe of a generator (with a section `backbone`)"
+        )
     find_run(resolved["tokenizer"]["from"])
     tokenizer, fingerprint = tokenizer_of(resolved, device or "cpu")
     tokens = token_dataset(resolved, tokenizer, fingerprint, Path(out), device or "cpu")
-    figures = {key: tokens.meta[key] for key in ("grid", "codebook_size", "codebook_usage", "perplexity") if key in tokens.meta}
+    figures = {
+        key: tokens.meta[key] for key in ("grid", "codebook_size", "codebook_usage", "perplexity") if key in tokens.meta
+    }
     return {"path": str(tokens.path), "samples": len(tokens), **figures}

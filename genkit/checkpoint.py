@@ -98,7 +98,9 @@ def open_run_folder(path: Path, config: configs.Config, source: str | None) -> R
                 f"undo the change to continue it, choose another --name to start a new run, or remove {path}"
             )
     elif (path / "checkpoints").exists():
-        raise UsageError(f"{path} holds checkpoints but no config.resolved.yaml; choose another --name or restore the file")
+        raise UsageError(
+            f"{path} holds checkpoints but no config.resolved.yaml; choose another --name or restore the file"
+        )
     path.mkdir(parents=True, exist_ok=True)
     if source is not None:
         files.write_text(path / "config.yaml", source)
@@ -113,7 +115,9 @@ def _saving(what: str, previous: Path | None) -> Iterator[None]:
         yield
     except Exception as error:
         kept = f"the previous checkpoint {previous} is intact" if previous else "no earlier checkpoint exists"
-        raise GenkitError(f"{what} could not be saved: {error}; {kept}. Free some space and run the same command again") from error
+        raise GenkitError(
+            f"{what} could not be saved: {error}; {kept}. Free some space and run the same command again"
+        ) from error
 
 
 def save(
@@ -153,7 +157,11 @@ def save(
                 write_pipeline(temporary / "pipeline")
                 tensors, rest = _flatten_optimizer(optimizer)
                 save_file(tensors, temporary / "state" / "optimizer.safetensors")
-                counts = {"counters": asdict(counters), "optimizer": rest, "scaler": scaler.state_dict() if scaler else None}
+                counts = {
+                    "counters": asdict(counters),
+                    "optimizer": rest,
+                    "scaler": scaler.state_dict() if scaler else None,
+                }
                 files.write_json(temporary / "state" / "state.json", counts)
             barrier()
             if rank == 0:
@@ -202,21 +210,34 @@ def load_weights(model: nn.Module, folder: Path, variant: str | None = None) -> 
     """
     file = folder / ("diffusion_pytorch_model" + (f".{variant}" if variant else "") + ".safetensors")
     if not file.is_file():
-        raise GenkitError(f"{folder} has no {file.name}; the checkpoint is incomplete: use an earlier one or train again")
+        raise GenkitError(
+            f"{folder} has no {file.name}; the checkpoint is incomplete: use an earlier one or train again"
+        )
     try:
         with safe_open(file, "pt") as handle:
-            shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+            shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}
     except Exception as error:
         raise GenkitError(f"{file} is not a readable safetensors file: {error}") from None
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if shapes != expected:
         missing = sorted(expected.keys() - shapes.keys())
         extra = sorted(shapes.keys() - expected.keys())
-        other = [f"{k} is {shapes[k]}, expected {expected[k]}" for k in sorted(shapes.keys() & expected.keys()) if shapes[k] != expected[k]]
-        problems = [f"missing {missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else f"missing {m}" for m in missing[:1]]
-        problems += [f"unknown {extra[0]} and {len(extra) - 1} more" if len(extra) > 1 else f"unknown {e}" for e in extra[:1]]
+        other = [
+            f"{k} is {shapes[k]}, expected {expected[k]}"
+            for k in sorted(shapes.keys() & expected.keys())
+            if shapes[k] != expected[k]
+        ]
+        problems = [
+            f"missing {missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else f"missing {m}"
+            for m in missing[:1]
+        ]
+        problems += [
+            f"unknown {extra[0]} and {len(extra) - 1} more" if len(extra) > 1 else f"unknown {e}" for e in extra[:1]
+        ]
         problems += [other[0] + (f" and {len(other) - 1} more" if len(other) > 1 else "")] if other else []
-        raise GenkitError(f"{file} holds another architecture than {type(model).__name__} of this config: {'; '.join(problems)}")
+        raise GenkitError(
+            f"{file} holds another architecture than {type(model).__name__} of this config: {'; '.join(problems)}"
+        )
     weights = load_file(file)
     model.load_state_dict(weights)
     return weights

@@ -23,7 +23,7 @@ from genkit.errors import UsageError, nearest
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Train(_Section):
@@ -31,7 +31,9 @@ class Train(_Section):
 
     num_samples: int = Field(gt=0, description="samples to train on, all processes together")
     batch_size: int = Field(64, gt=0, description="global batch per optimiser step, all processes together")
-    micro_batch_size: int | None = Field(None, gt=0, description="samples per forward pass of one process; null = all of its share")
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="samples per forward pass of one process; null = all of its share"
+    )
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0, description="on matrices only; norms, biases, embeddings are exempt")
@@ -39,10 +41,14 @@ class Train(_Section):
     warmup_samples: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine"] = "cosine"
     ema: float | None = Field(0.999, gt=0, lt=1, description="decay per optimiser step; null = off")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto = fp32 on a CPU, bf16 on a GPU that has it")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto = fp32 on a CPU, bf16 on a GPU that has it"
+    )
     seed: int = Field(0, ge=0)
     num_workers: int = Field(0, ge=0, description="processes that load data; 0 suits data held in memory")
-    max_bad_steps: int = Field(5, ge=1, description="stop after this many steps in a row with a loss that is not finite")
+    max_bad_steps: int = Field(
+        5, ge=1, description="stop after this many steps in a row with a loss that is not finite"
+    )
 
 
 class Log(_Section):
@@ -58,8 +64,12 @@ class Log(_Section):
 class Sampler(_Section):
     """What every sampler section may hold beside its sampler's own options."""
 
-    guidance: float = Field(1.0, ge=0, description="classifier-free guidance, 1 = off: out = uncond + guidance (cond - uncond)")
-    guidance_schedule: Literal["constant", "linear"] = Field("constant", description="linear: from 1 to guidance with the fraction already known")
+    guidance: float = Field(
+        1.0, ge=0, description="classifier-free guidance, 1 = off: out = uncond + guidance (cond - uncond)"
+    )
+    guidance_schedule: Literal["constant", "linear"] = Field(
+        "constant", description="linear: from 1 to guidance with the fraction already known"
+    )
 
 
 FIXED: dict[str, type[_Section]] = {"train": Train, "log": Log}
@@ -79,7 +89,7 @@ class Config(dict[str, Any]):
         while path:
             if path in self.places:
                 return self.places[path]
-            path = path.rpartition(".")[0]
+            path = path.rpartition("[" if path.endswith("]") else ".")[0]
         return self.file
 
     @property
@@ -103,8 +113,8 @@ def parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def _read(path: Path, places: dict[str, str]) -> dict[str, Any]:
-    """One YAML file as a mapping; every dotted key's line goes into `places`."""
+def _read(path: Path, places: dict[str, str], children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML file as a mapping, on top of what it extends; every dotted key's line goes into `places`."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -134,14 +144,23 @@ def _read(path: Path, places: dict[str, str]) -> dict[str, Any]:
                 seen.add(key.value)
                 places[dotted] = f"{path.name}:{key.start_mark.line + 1}"
                 mark_lines(value, f"{dotted}.")
+        elif isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                mark_lines(item, f"{prefix[:-1]}[{i}].")
 
     if node is not None:
         mark_lines(node, "")
     parent = data.get("extends")
     if parent is None:
         return data
+    if not isinstance(parent, str):
+        raise UsageError(f"extends must be the path of a recipe, found {parent!r} [{places['extends']}]")
+    chain = (*children, path.resolve())
+    above = (path.parent / parent).resolve()
+    if above in chain:
+        raise UsageError(f"{above.name} extends itself [{places['extends']}]")
     inherited: dict[str, str] = {}
-    base = _read((path.parent / parent).resolve(), inherited)
+    base = _read(above, inherited, chain)
     for dotted, place in inherited.items():
         places.setdefault(dotted, place)
     return _merge(base, data)
@@ -177,9 +196,9 @@ def _override(data: dict[str, Any], text: str, places: dict[str, str]) -> None:
         if not isinstance(node, dict):
             raise UsageError(f"'{text}': {'.'.join(parents[: depth + 1])} is {node!r}, which has no keys")
     if append:
+        if not isinstance(node.get(last) or [], list):
+            raise UsageError(f"'{text}': {path} is {node[last]!r}, not a list")
         node[last] = [*(node.get(last) or []), value]
-    elif value is None:
-        node.pop(last, None)
     elif last == "type" and node.get("type") not in (None, value):
         node.clear()
         node["type"] = value
@@ -198,11 +217,17 @@ def load(file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     return check(data, file=path.name, places=places, name=path.stem)
 
 
-def resolve(config: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = (), name: str | None = None) -> Config:
+def resolve(
+    config: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = (), name: str | None = None
+) -> Config:
     """A recipe by path or as a mapping, with overrides as "key=value" or as a mapping, and the name of the run."""
-    texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else list(overrides)
+    texts = (
+        [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        if isinstance(overrides, Mapping)
+        else list(overrides)
+    )
     if name is not None:
-        texts.append(f"name={name}")
+        texts.append(f"name={json.dumps(name)}")
     if not isinstance(config, Mapping):
         return load(config, texts)
     places: dict[str, str] = {}
@@ -234,20 +259,28 @@ def check(data: dict[str, Any], file: str = "", places: dict[str, str] | None = 
     tokenizer = data.get("tokenizer")
     if data.get("backbone"):
         if not isinstance(tokenizer, dict) or set(tokenizer) != {"from"}:
-            raise UsageError(f"a generator needs a trained tokenizer: tokenizer: {{from: runs/NAME}}, found {tokenizer!r}{at('tokenizer')}")
+            raise UsageError(
+                f"a generator needs a trained tokenizer: tokenizer: {{from: runs/NAME}}, found {tokenizer!r}{at('tokenizer')}"
+            )
         config["tokenizer"] = {"from": str(tokenizer["from"])}
         config["backbone"] = registry.check("backbone", data["backbone"], "backbone", config.where)
     else:
         config["tokenizer"] = registry.check("tokenizer", tokenizer, "tokenizer", config.where)
     config["objective"] = registry.check("objective", data.get("objective"), "objective", config.where)
+    for section, kind, called in (("sampler", dict, "mapping"), ("metrics", list, "list")):
+        if data.get(section) and not isinstance(data[section], kind):
+            raise UsageError(f"{section} must be a {called}, found {data[section]!r}{at(section)}")
     if data.get("sampler"):
         own = {key: value for key, value in data["sampler"].items() if key not in Sampler.model_fields}
         common = {key: value for key, value in data["sampler"].items() if key in Sampler.model_fields}
-        config["sampler"] = registry.check("sampler", own, "sampler", config.where) | _fixed(Sampler, common, "sampler", config)
+        config["sampler"] = registry.check("sampler", own, "sampler", config.where) | _fixed(
+            Sampler, common, "sampler", config
+        )
     elif data.get("backbone"):
         raise UsageError(f"a generator needs a section `sampler`{at('backbone')}")
     config["metrics"] = [
-        registry.check("metrics", metric, f"metrics[{i}]", config.where) for i, metric in enumerate(data.get("metrics") or [])
+        registry.check("metrics", metric, f"metrics[{i}]", config.where)
+        for i, metric in enumerate(data.get("metrics") or [])
     ]
     for section, model in FIXED.items():
         config[section] = _fixed(model, data.get(section) or {}, section, config)
@@ -257,6 +290,14 @@ def check(data: dict[str, Any], file: str = "", places: dict[str, str] | None = 
 def _fixed(model: type[_Section], values: Any, section: str, config: Config) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{section} must be a mapping, found {values!r} [{config.where(section)}]")
+    # null where null is no value of its own: the default.
+    values = {
+        key: value
+        for key, value in values.items()
+        if value is not None
+        or key not in model.model_fields
+        or registry.accepts_null(model.model_fields[key].annotation)
+    }
     try:
         return json.loads(model.model_validate(values).model_dump_json())
     except ValidationError as error:
@@ -265,7 +306,9 @@ def _fixed(model: type[_Section], values: Any, section: str, config: Config) -> 
         place = config.where(key)
         at = f" [{place}]" if place else ""
         if problem["type"] == "extra_forbidden":
-            raise UsageError(f"unknown key {key}; {nearest(str(problem['loc'][0]), list(model.model_fields))}{at}") from None
+            raise UsageError(
+                f"unknown key {key}; {nearest(str(problem['loc'][0]), list(model.model_fields))}{at}"
+            ) from None
         if problem["type"] == "missing":
             raise UsageError(f"{key} is missing{at}") from None
         raise UsageError(f"{key}={problem['input']!r}: {problem['msg'].lower()}{at}") from None

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def to_uint8(x: Tensor) -> Tensor:
     """[B, C, Y, X] in [-1, 1] -> [B, Y, X, C] uint8 on the CPU, rounded and clamped."""
-    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
+    return (
+        ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
+    )
 
 
 def to_pil(x: Tensor) -> list[Image.Image]:
@@ -47,7 +49,9 @@ def grid(x: Tensor, columns: int, row_names: Sequence[str] = (), scale: int | No
     rows = -(-len(tiles) // columns)
     font = ImageFont.load_default(size=max(10, min(16, height // 4)))
     margin = max((int(font.getlength(name)) for name in row_names), default=-10) + 10
-    sheet = Image.new(tiles[0].mode, (margin + columns * (width + gap) + gap, rows * (height + gap) + gap), color="white")
+    sheet = Image.new(
+        tiles[0].mode, (margin + columns * (width + gap) + gap, rows * (height + gap) + gap), color="white"
+    )
     draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(row_names[:rows]):
         draw.text((4, gap + row * (height + gap) + height / 2), name, fill="black", font=font, anchor="lm")

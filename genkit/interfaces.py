@@ -83,7 +83,9 @@ class TokenMixer(Protocol):
 class Backbone(Protocol):
     """Tensors to tensors: noisy latents -> latents, or ids (mask id = S) -> logits."""
 
-    def forward(self, x: Tensor, t: Tensor | None, cond: Cond, layout: Layout, cache: Cache | None = None) -> Tensor: ...
+    def forward(
+        self, x: Tensor, t: Tensor | None, cond: Cond, layout: Layout, cache: Cache | None = None
+    ) -> Tensor: ...
 
 
 class Objective(Protocol):
@@ -92,7 +94,9 @@ class Objective(Protocol):
     `target` is what the tokenizer made of the data (ids or z), or the data itself when a tokenizer is what is trained.
     """
 
-    def __call__(self, model: Any, target: Tensor, cond: Cond, layout: Layout | None, rng: Rng) -> dict[str, Tensor]: ...
+    def __call__(
+        self, model: Any, target: Tensor, cond: Cond, layout: Layout | None, rng: Rng
+    ) -> dict[str, Tensor]: ...
     def predictor(self, model: Any, cond: Cond, layout: Layout) -> Predict | PredictIds: ...
 
 
@@ -117,5 +121,3 @@ class Metric(Protocol):
     def update(self, **batch: Any) -> None: ...
     def state(self) -> dict[str, Tensor]: ...
     def result(self) -> dict[str, float]: ...
-
-

@@ -22,7 +22,9 @@ def adamw(model: nn.Module, train: dict[str, Any]) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": train["weight_decay"]},
         {"params": exempt, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train["lr"], betas=tuple(train["betas"]), fused=True)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=train["lr"], betas=tuple(train["betas"]), fused=True
+    )
 
 
 def learning_rate(train: dict[str, Any], samples: int) -> float:

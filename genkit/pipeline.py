@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.pipelines import pipeline_loading_utils
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
 from genkit import registry
@@ -66,19 +66,22 @@ class GeneratorPipeline(DiffusionPipeline):
         self,
         tokenizer: ModelMixin,
         backbone: ModelMixin,
-        objective: dict[str, Any],
-        sampler: dict[str, Any],
-        grid: Sequence[int],
-        class_names: Sequence[str] = (),
-        run_config: dict[str, Any] | None = None,
+        # diffusers takes arguments without a default for modules, so what is plain data has one.
+        objective: dict | None = None,
+        sampler: dict | None = None,
+        grid: list = [],  # noqa: B006
+        class_names: list = [],  # noqa: B006
+        run_config: dict | None = None,
     ):
         super().__init__()
+        if objective is None or sampler is None or not grid:
+            raise UsageError("a generator pipeline needs objective, sampler and grid beside its modules")
         self.register_modules(tokenizer=tokenizer, backbone=backbone)
         self.register_to_config(
             objective=objective, sampler=sampler, grid=list(grid), class_names=list(class_names), run_config=run_config
         )
-        self.objective = objective
-        self.sampler = sampler
+        self.objective: dict[str, Any] = objective
+        self.sampler: dict[str, Any] = sampler
         self.grid = tuple(grid)
         self.class_names = tuple(class_names)
         self.run_config = run_config
@@ -124,8 +127,7 @@ class GeneratorPipeline(DiffusionPipeline):
             schedule=self.sampler["guidance_schedule"],
         )
         if objective.target == "ids":
-            shape = (len(labels), self.tokenizer.num_levels, *self.grid)
-            start = torch.full(shape, self.tokenizer.codebook_size, dtype=torch.int64, device=self.device)
+            start = torch.full((len(labels), self.tokenizer.num_levels, *self.grid), -1, device=self.device)
             z = self.tokenizer.codes(sampler(predict, start, rng, on_step))
         else:
             start = rng.fork("start").normal(self.tokenizer.channels, *self.grid)
@@ -174,14 +176,23 @@ class GeneratorPipeline(DiffusionPipeline):
         x = self.generate(labels, seeds, steps=num_inference_steps, guidance=guidance_scale, on_step=on_step)
         from genkit.images import to_pil
 
-        images = to_pil(x) if output_type == "pil" else x if output_type == "pt" else ((x + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
+        images = (
+            to_pil(x)
+            if output_type == "pil"
+            else x
+            if output_type == "pt"
+            else ((x + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
+        )
         return ImagesOutput(images=images) if return_dict else (images,)
 
     def _labels(self, labels: Sequence[int | str] | Tensor | None, count: int | None) -> Tensor:
         if labels is None:
             count = 1 if count is None else count
             return torch.arange(count) % self.num_classes if self.num_classes else torch.full((count,), -1)
-        chosen = [class_number(label, self.class_names) for label in (labels.tolist() if isinstance(labels, Tensor) else labels)]
+        chosen = [
+            class_number(label, self.class_names)
+            for label in (labels.tolist() if isinstance(labels, Tensor) else labels)
+        ]
         if not chosen:
             raise UsageError("class_labels is empty; give at least one class number or name")
         return torch.tensor([chosen[i % len(chosen)] for i in range(count or len(chosen))], dtype=torch.int64)
@@ -232,10 +243,14 @@ def open_run(path: str | Path, ema: bool = True, device: str | torch.device | No
     index = json.loads((folder / "model_index.json").read_text())
     cls = {c.__name__: c for c in (TokenizerPipeline, GeneratorPipeline)}.get(index.get("_class_name", ""))
     if cls is None:
-        raise GenkitError(f"{folder} holds a {index.get('_class_name')}, which genkit does not know; load it with diffusers")
+        raise GenkitError(
+            f"{folder} holds a {index.get('_class_name')}, which genkit does not know; load it with diffusers"
+        )
     variant = "ema" if ema and any(folder.glob("*/*.ema.safetensors")) else None
     # Parts make small tables of their own at construction, which the meta-device shortcut would lose.
+    logging.disable_progress_bar()  # two parts are loaded at once
     pipeline = cls.from_pretrained(folder, variant=variant, low_cpu_mem_usage=False)
+    logging.enable_progress_bar()
     for component in pipeline.components.values():
         component.eval().requires_grad_(False)
     pipeline.weights_variant = variant or "raw"

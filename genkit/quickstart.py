@@ -20,6 +20,9 @@ def quickstart(*, out: str | Path = "runs", seed: int = 0, device: str | None = 
 
     Every phase that is complete is kept: training resumes from its checkpoint, finished phases keep their figures.
 
+    Args:
+        out: where the two runs lie: vq-fashion and masked-fashion.
+
     Returns: figures by name, seconds per phase, paths of the pictures.
     """
     from genkit.caching import cache
@@ -29,9 +32,9 @@ def quickstart(*, out: str | Path = "runs", seed: int = 0, device: str | None = 
 
     out = Path(out)
     record = out / "quickstart.json"
+    tokenizer_run, generator_run, folder = out / "vq-fashion", out / "masked-fashion", out / "quickstart-samples"
     kept: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     seconds: dict[str, float] = {}
-    tokenizer_run, generator_run = out / "vq-fashion", out / "masked-fashion"
     recipe = RECIPES / "masked-fashion.yaml"
     overrides = [f"train.seed={seed}", f"tokenizer.from={tokenizer_run}"]
 
@@ -51,12 +54,13 @@ def quickstart(*, out: str | Path = "runs", seed: int = 0, device: str | None = 
     once("cache tokens", tokenizer, lambda: cache(recipe, overrides, out=str(out.parent / "cache"), device=device))
     generator = train(recipe, overrides, out=out, device=device)
     seconds["train generator"] = _training_seconds(generator)
-    folder = out / "quickstart-samples"
     count = IMAGES_PER_CLASS * 10
     grid = once("sample", generator, lambda: sample(generator_run, count=count, seed=seed, out=folder, device=device))
     rebuilt = once("evaluate tokenizer", tokenizer, lambda: evaluate(tokenizer_run, device=device).to_dict())
     samples = once(
-        "evaluate generator", generator, lambda: evaluate(generator_run, count=EVALUATED, seed=seed + 1, device=device).to_dict()
+        "evaluate generator",
+        generator,
+        lambda: evaluate(generator_run, count=EVALUATED, seed=seed + 1, device=device).to_dict(),
     )
     return {
         "figures": [*rebuilt["rows"], *samples["rows"]],
@@ -67,6 +71,23 @@ def quickstart(*, out: str | Path = "runs", seed: int = 0, device: str | None = 
             "samples during training": str(generator_run / "samples"),
         },
     }
+
+
+def render(found: dict[str, Any]) -> str:
+    """The figures, the seconds and the pictures as three short tables."""
+    from genkit import console
+
+    total = sum(found["seconds"].values())
+    return "\n\n".join(
+        [
+            console.table(
+                [(row["metric"], row["value"], row["protocol"]) for row in found["figures"]],
+                ("figure", "value", "protocol"),
+            ),
+            console.table([*found["seconds"].items(), ("together", total)], ("phase", "seconds")),
+            console.table(found["pictures"].items()),
+        ]
+    )
 
 
 def _training_seconds(run: Any) -> float:

@@ -62,7 +62,10 @@ def find(section: str, word: str, where: str = "") -> type:
     if ":" in word:
         module_name, _, name = word.partition(":")
         try:
-            return getattr(importlib.import_module(module_name), name)
+            cls = getattr(importlib.import_module(module_name), name)
+            if not inspect.isclass(cls):
+                raise ImportError(f"{name} is no class")
+            return cls
         except (ImportError, AttributeError) as error:
             raise UsageError(f"{section}.type={word}: {error}{place}") from error
     if word not in words(section):
@@ -83,7 +86,7 @@ def options(cls: type) -> dict[str, inspect.Parameter]:
     }
 
 
-def check(section: str, spec: Any, path: str, where: "typing.Callable[[str], str]" = lambda path: "") -> dict[str, Any]:
+def check(section: str, spec: Any, path: str, where: typing.Callable[[str], str] = lambda path: "") -> dict[str, Any]:
     """The spec of one part with every default filled in and every value of its declared type.
 
     Args:
@@ -96,26 +99,38 @@ def check(section: str, spec: Any, path: str, where: "typing.Callable[[str], str
     from pydantic import TypeAdapter, ValidationError
 
     if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
-        raise UsageError(f"{path} must be a mapping with a `type`, found {spec!r}; {_list(section)} {_at(where(path))}".rstrip())
+        raise UsageError(
+            f"{path} must be a mapping with a `type`, found {spec!r}; {_list(section)} {_at(where(path))}".rstrip()
+        )
     cls = find(section, spec["type"], where(f"{path}.type"))
     given = FAMILIES[section][1]
     accepted = {name: option for name, option in options(cls).items() if name not in given}
     for name in spec:
         if name in given and name in options(cls):
-            raise UsageError(f"{path}.{name} is measured from the data and the tokenizer; remove it {_at(where(f'{path}.{name}'))}".rstrip())
+            raise UsageError(
+                f"{path}.{name} is measured from the data and the tokenizer; remove it {_at(where(f'{path}.{name}'))}".rstrip()
+            )
         if name != "type" and name not in accepted:
-            raise UsageError(f"unknown key {path}.{name}; {nearest(name, list(accepted))} {_at(where(f'{path}.{name}'))}".rstrip())
+            raise UsageError(
+                f"unknown key {path}.{name}; {nearest(name, list(accepted))} {_at(where(f'{path}.{name}'))}".rstrip()
+            )
     checked: dict[str, Any] = {"type": spec["type"]}
     for name, option in accepted.items():
-        if name not in spec:
-            if option.default is inspect.Parameter.empty:
-                raise UsageError(f"{path}.{name} is missing ({path}.type={spec['type']} needs it) {_at(where(path))}".rstrip())
-            checked[name] = _plain(option.default)
-            continue
         nested = next((m for m in getattr(option.annotation, "__metadata__", ()) if isinstance(m, Nested)), None)
-        value = spec[name]
+        value = spec.get(name)
+        if name not in spec or (value is None and not accepts_null(option.annotation)):
+            if option.default is inspect.Parameter.empty:
+                raise UsageError(
+                    f"{path}.{name} is missing ({path}.type={spec['type']} needs it) {_at(where(path))}".rstrip()
+                )
+            value = option.default
+            if nested is None:
+                checked[name] = _plain(value)
+                continue
         if nested is not None and value is not None:
             many = isinstance(value, list)
+            if value == []:
+                raise UsageError(f"{path}.{name} is an empty list {_at(where(f'{path}.{name}'))}".rstrip())
             parts = [
                 check(nested.section, part, f"{path}.{name}[{i}]" if many else f"{path}.{name}", where)
                 for i, part in enumerate(value if many else [value])
@@ -126,7 +141,9 @@ def check(section: str, spec: Any, path: str, where: "typing.Callable[[str], str
             checked[name] = _plain(TypeAdapter(option.annotation).validate_python(value))
         except ValidationError as error:
             problem = error.errors()[0]
-            raise UsageError(f"{path}.{name}={value!r}: {problem['msg'].lower()} {_at(where(f'{path}.{name}'))}".rstrip()) from None
+            raise UsageError(
+                f"{path}.{name}={value!r}: {problem['msg'].lower()} {_at(where(f'{path}.{name}'))}".rstrip()
+            ) from None
     return checked
 
 
@@ -138,7 +155,7 @@ def build(section: str, spec: dict[str, Any], **given: Any) -> Any:
     return cls(**arguments, **{name: value for name, value in given.items() if name in named})
 
 
-def maker(section: str, spec: dict[str, Any] | list[dict[str, Any]]) -> "typing.Callable[..., Any]":
+def maker(section: str, spec: dict[str, Any] | list[dict[str, Any]]) -> typing.Callable[..., Any]:
     """A nested part as a function: `mixer = maker("mixer", spec)`, then `mixer(dim=768, layer=3)`.
 
     A list is a pattern repeated through the depth: layer `i` gets entry `i mod len`.
@@ -149,6 +166,11 @@ def maker(section: str, spec: dict[str, Any] | list[dict[str, Any]]) -> "typing.
         return build(section, chosen, **given)
 
     return make
+
+
+def accepts_null(annotation: Any) -> bool:
+    """Whether null is a value of this type; where it is not, null in a config means the default."""
+    return annotation in (Any, None) or type(None) in typing.get_args(annotation)
 
 
 def _plain(value: Any) -> Any:

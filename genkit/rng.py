@@ -103,7 +103,7 @@ class Rng:
 
     def gumbel(self, *shape: int) -> Tensor:
         """[B, *shape] float32 standard Gumbel; finite for every word."""
-        return -torch.log(-torch.log((self.uniform(*shape) + 2.0**-25)))
+        return -torch.log(-torch.log(self.uniform(*shape) + 2.0**-25))
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """[B, *shape] int64 in [0, high); the bias of the scaling is below high / 2^32."""

@@ -37,7 +37,9 @@ def parse_labels(text: str | Sequence[int | str] | None, class_names: Sequence[s
     wrong = [label for label in chosen if not -1 <= label < len(class_names)]
     if wrong or not chosen:
         classes = f"0-{len(class_names) - 1}" if class_names else "none: the model is unconditional"
-        raise UsageError(f"labels {text!r}: {wrong[0] if wrong else 'nothing'} is not a class of this model (classes {classes})")
+        raise UsageError(
+            f"labels {text!r}: {wrong[0] if wrong else 'nothing'} is not a class of this model (classes {classes})"
+        )
     return chosen
 
 
@@ -73,7 +75,9 @@ def sample(
     state = PartialState(cpu=device == "cpu")
     pipeline = open_run(run, ema=ema, device=device or state.device)
     if not hasattr(pipeline, "generate"):
-        raise UsageError(f"run {run} is a tokenizer; sampling needs a generator's run (`genkit encode` and `decode` use tokenizers)")
+        raise UsageError(
+            f"run {run} is a tokenizer; sampling needs a generator's run (`genkit encode` and `decode` use tokenizers)"
+        )
     chosen = parse_labels(labels, pipeline.class_names)
     count = len(chosen) if count is None else count
     if count < 1:
@@ -156,4 +160,6 @@ def class_grid(x: Tensor, labels: list[int], class_names: Sequence[str], columns
     width = max(map(len, by_class))
     blank = torch.ones_like(x[:1])
     tiles = torch.cat([torch.cat([x[own], *[blank] * (width - len(own))]) for own in by_class])
-    return images.grid(tiles, columns=width, row_names=[class_names[label] if label >= 0 else "any" for label in distinct])
+    return images.grid(
+        tiles, columns=width, row_names=[class_names[label] if label >= 0 else "any" for label in distinct]
+    )

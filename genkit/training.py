@@ -153,7 +153,19 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     wrapped.train()
     job = Job(
-        config, run, accelerator, model, wrapped, optimizer, ema, objective, dataset, tokenizer, layout, class_names, counters
+        config,
+        run,
+        accelerator,
+        model,
+        wrapped,
+        optimizer,
+        ema,
+        objective,
+        dataset,
+        tokenizer,
+        layout,
+        class_names,
+        counters,
     )
     if accelerator.is_main_process:
         record_start(job)
@@ -253,7 +265,7 @@ def loop(job: Job, progress: Progress, stop: list[int]) -> None:
             job.optimizer.zero_grad(set_to_none=True)
             for module in job.model.modules():
                 if hasattr(module, "after_step"):
-                    module.after_step(keep=finite)
+                    module.after_step()
         counters.step += 1
         counters.samples += settings["batch_size"]
         meter.samples += settings["batch_size"]
@@ -319,7 +331,9 @@ class Meter:
 
     def read(self, accelerator: Accelerator) -> tuple[dict[str, float], int, float]:
         """Means over all processes, the samples they cover and the seconds those took; starts anew."""
-        values = accelerator.reduce(torch.stack(list(self.sums.values())) / max(1, self.count), reduction="mean").tolist()
+        values = accelerator.reduce(
+            torch.stack(list(self.sums.values())) / max(1, self.count), reduction="mean"
+        ).tolist()
         means = {name.lstrip("_"): value for name, value in zip(self.sums, values, strict=True)}
         samples, seconds = self.samples, time.perf_counter() - self.started
         self.__init__()  # type: ignore[misc]
@@ -338,7 +352,12 @@ def report(job: Job, progress: Progress, meter: Meter, grad_norm: float) -> None
         "lr": learning_rate(settings, counters.samples),
         "grad_norm": grad_norm,
         "images_per_s": samples / seconds,
-        **{name: value for module in job.model.modules() if hasattr(module, "stats") for name, value in module.stats().items()},
+        **{
+            name: value
+            for module in job.model.modules()
+            if hasattr(module, "stats")
+            for name, value in module.stats().items()
+        },
     }
     job.run.metrics = line
     if not job.accelerator.is_main_process:
@@ -366,7 +385,14 @@ def give_up(job: Job, batch: dict[str, Any], losses: dict[str, Tensor]) -> Genki
     """The error for a loss that stays not finite, with what is needed to look into it saved beside the run."""
     dump = job.run.path / f"bad-step-{job.counters.step:07d}.json"
     values = {name: value.detach().float().flatten().tolist() for name, value in losses.items()}
-    files.write_json(dump, {"step": job.counters.step, "index": batch["index"].tolist(), "losses": {k: list(map(str, v)) for k, v in values.items()}})
+    files.write_json(
+        dump,
+        {
+            "step": job.counters.step,
+            "index": batch["index"].tolist(),
+            "losses": {k: list(map(str, v)) for k, v in values.items()},
+        },
+    )
     kept = f"the last checkpoint is {job.run.last}" if job.run.last else "there is no checkpoint yet"
     return GenkitError(
         f"the loss was not finite for {job.config['train']['max_bad_steps']} steps in a row (step {job.counters.step}); {kept}; "
@@ -393,7 +419,8 @@ def pipeline_of(job: Job) -> TokenizerPipeline | GeneratorPipeline:
     config = json.loads(json.dumps(job.config))
     if job.tokenizer is None:
         return TokenizerPipeline(job.model, run_config=config)
-    assert job.layout is not None and job.layout.grid is not None
+    assert job.layout is not None
+    assert job.layout.grid is not None
     return GeneratorPipeline(
         job.tokenizer,
         job.model,

@@ -16,6 +16,7 @@ from genkit.errors import GenkitError, UsageError
 from genkit.training import Stopped, train
 from tests.tiny import GENERATOR, TOKENIZER
 
+
 @pytest.fixture
 def tokenizer_run(tmp_path):
     return train(TOKENIZER, {"train.num_samples": 64}, out=tmp_path / "runs")
@@ -36,6 +37,14 @@ def assert_same(a: Path, b: Path) -> None:
     assert not different
 
 
+def assert_close(a: Path, b: Path) -> None:
+    """Equal but for the order of sums: Adam divides by the root of the second moment, which enlarges rounding where gradients are tiny."""
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def start(config: dict, out: Path, *overrides: str, processes: int = 1) -> subprocess.Popen:
     """Training in a process of its own, which tests may kill."""
     recipe = out.parent / f"{config['name']}-{processes}.json"
@@ -44,7 +53,9 @@ def start(config: dict, out: Path, *overrides: str, processes: int = 1) -> subpr
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*launcher, "-m", "genkit", "train", str(recipe), "--device", "cpu", "--out", str(out), *overrides]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -66,7 +77,9 @@ def test_killed_run_continues_bit_for_bit(kind, tmp_path, tokenizer_run):
     config = TOKENIZER if kind == "tokenizer" else {**GENERATOR, "tokenizer": {"from": str(tokenizer_run.path)}}
     config = {**config, "name": "run"}
     finish(start(config, tmp_path / "straight"))
-    slow = start(config, tmp_path / "killed", "log.sample_every_steps=1")  # pictures at every step leave time to kill it
+    slow = start(
+        config, tmp_path / "killed", "log.sample_every_steps=1"
+    )  # pictures at every step leave time to kill it
     wait_for(tmp_path / "killed/run/checkpoints/last", slow)
     slow.send_signal(signal.SIGKILL)
     slow.wait()
@@ -106,18 +119,14 @@ def test_two_processes_do_not_change_the_maths(kind, tmp_path, tokenizer_run):
         config["backbone"]["dropout"] = 0.0  # the one thing that draws from each process's own generator
     finish(start(config, tmp_path / "one"))
     finish(start(config, tmp_path / "two", processes=2))
-    one, two = (weights(tmp_path / name / "run/checkpoints/last/pipeline") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert_close(tmp_path / "one/run/checkpoints/last/pipeline", tmp_path / "two/run/checkpoints/last/pipeline")
 
 
-def test_accumulation_does_not_change_the_maths(tmp_path):
-    whole = train(TOKENIZER, out=tmp_path / "whole")
-    parts = train(TOKENIZER, {"train.micro_batch_size": 4}, out=tmp_path / "parts")
-    a, b = weights(whole.last / "pipeline"), weights(parts.last / "pipeline")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+def test_accumulation_does_not_change_the_maths(tmp_path, tokenizer_run):
+    config = {**GENERATOR, "tokenizer": {"from": str(tokenizer_run.path)}}
+    whole = train(config, {"backbone.dropout": 0}, out=tmp_path / "whole")
+    parts = train(config, {"backbone.dropout": 0, "train.micro_batch_size": 4}, out=tmp_path / "parts")
+    assert_close(whole.last / "pipeline", parts.last / "pipeline")
 
 
 def test_changed_config_is_refused_with_the_difference(tmp_path, tokenizer_run):

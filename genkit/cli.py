@@ -1,0 +1,497 @@
+"""The command line: verbs, their options, and the one place where an error becomes a line and an exit code.
+
+Nothing heavy is imported before a verb runs. Results go to stdout, everything else to stderr. Exit codes: 0 ok,
+1 failure, 2 wrong usage or config, 85 stopped by a signal after saving (the same command continues), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from genkit import __version__, console
+from genkit.errors import GenkitError, UsageError, nearest
+
+_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a verb found: data for --json, text for people."""
+
+    data: Any
+    text: str
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command: what it runs, a line about it, and its arguments as argparse takes them."""
+
+    run: Callable[[argparse.Namespace], Answer]
+    about: str
+    arguments: tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
+
+
+VERBS: dict[str, Verb] = {}
+
+
+def argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, settings
+
+
+def verb(about: str, *arguments: tuple[tuple[str, ...], dict[str, Any]]) -> Callable[[Any], Any]:
+    """Make a function the verb of its name."""
+
+    def register(run: Callable[[argparse.Namespace], Answer]) -> Callable[[argparse.Namespace], Answer]:
+        VERBS[run.__name__.rstrip("_")] = Verb(run, about, arguments)
+        return run
+
+    return register
+
+
+RECIPE = argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe (`genkit ls recipes`)")
+OVERRIDES = argument(
+    "overrides",
+    metavar="KEY=VALUE",
+    nargs="*",
+    help="train.lr=3e-4 sets, data.size=null resets, metrics+={type: fid} appends",
+)
+RUN = argument("run", metavar="RUN", help="a run directory, one of its checkpoints, or a saved pipeline")
+DEVICE = argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+SEED = argument("--seed", type=int, default=0, help="the same seed gives the same result (default: 0)")
+STEPS = argument("--steps", type=int, help="sampler steps (default: the recipe's)")
+GUIDANCE = argument("--guidance", type=float, help="classifier-free guidance strength (default: the recipe's)")
+RAW = argument("--raw", action="store_true", help="the weights as trained, not their moving average")
+BATCH_SIZE = argument(
+    "--batch-size", type=int, default=64, help="images at a time; the result stays the same (default: 64)"
+)
+RUNS = argument("--out", "-o", default="runs", metavar="DIR", help="where run directories lie (default: runs)")
+COMMON = (
+    argument("--json", action="store_true", help="the result as JSON on stdout, and nothing else there"),
+    argument("-q", "--quiet", action="store_true", help="no progress"),
+    argument("-v", "--verbose", action="store_true", help="say more; tracebacks"),
+)
+
+
+@verb(
+    "train a small tokenizer and generator on embedded images, sample, evaluate: everything once, in minutes",
+    RUNS,
+    SEED,
+    DEVICE,
+)
+def quickstart(args: argparse.Namespace) -> Answer:
+    from genkit import quickstart
+
+    found = quickstart.quickstart(out=args.out, seed=args.seed, device=args.device)
+    return Answer(found, quickstart.render(found))
+
+
+@verb(
+    "list what a config may name, or the runs there are",
+    argument(
+        "kind",
+        metavar="KIND",
+        nargs="?",
+        help="recipes, tokenizers, backbones, mixers, objectives, samplers, data, metrics or runs",
+    ),
+    RUNS,
+)
+def ls(args: argparse.Namespace) -> Answer:
+    from genkit import recipes
+
+    if args.kind not in (None, *recipes.KINDS):
+        raise UsageError(f"nothing is listed under {args.kind}; {nearest(args.kind, recipes.KINDS)}")
+    found = {kind: recipes.listing(kind, args.out) for kind in ([args.kind] if args.kind else recipes.KINDS)}
+    lines = []
+    for kind, names in found.items():
+        lines += ["", kind] if len(found) > 1 else []
+        lines.append(console.table(names.items()) or "(none)")
+    return Answer(found[args.kind] if args.kind else found, "\n".join(lines).strip("\n"))
+
+
+@verb(
+    "copy a recipe to start from",
+    argument("recipe", metavar="RECIPE"),
+    argument("file", metavar="FILE", nargs="?", help="default: the recipe's own name, here"),
+)
+def init(args: argparse.Namespace) -> Answer:
+    from genkit import recipes
+
+    path = recipes.init(args.recipe, args.file)
+    return Answer({"recipe": path}, f"{path}: edit it, then `genkit config check {path}` and `genkit train {path}`")
+
+
+@verb(
+    "look at a folder of data before training on it",
+    argument("action", choices=["check"]),
+    argument("path", metavar="PATH"),
+)
+def data(args: argparse.Namespace) -> Answer:
+    from genkit.data import check
+
+    found = check.report(args.path)
+    return Answer(found, check.render(found))
+
+
+@verb(
+    "encode the data of a generator's recipe with its tokenizer, once",
+    RECIPE,
+    OVERRIDES,
+    argument("--out", "-o", default="cache", metavar="DIR", help="default: cache"),
+    DEVICE,
+)
+def cache(args: argparse.Namespace) -> Answer:
+    from genkit import caching, recipes
+
+    found = caching.cache(recipes.resolve(args.recipe), args.overrides, out=args.out, device=args.device)
+    return Answer(found, console.table(found.items()))
+
+
+@verb(
+    "train a tokenizer or a generator; the same command again continues",
+    RECIPE,
+    OVERRIDES,
+    argument("--name", help="of the run (default: the recipe's)"),
+    RUNS,
+    argument("--seed", type=int, help="short for train.seed=N"),
+    DEVICE,
+    argument("--launch", type=int, metavar="N", help="train in N processes of this machine"),
+)
+def train(args: argparse.Namespace) -> Answer:
+    from genkit import recipes
+
+    recipe = recipes.resolve(args.recipe)
+    if args.launch is not None:
+        raise SystemExit(_launch(args))
+    from genkit.training import train
+
+    overrides = [*args.overrides, *([f"train.seed={args.seed}"] if args.seed is not None else [])]
+    run = train(recipe, overrides, name=args.name, out=args.out, device=args.device)
+    found = {"run": run.path, "metrics": run.metrics, "checkpoint": run.last}
+    return Answer(found, f"{run.path}\n{console.table(run.metrics.items())}\n`genkit show {run.path}` shows more")
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from genkit.launch import launch
+
+    if args.launch < 1:
+        raise UsageError(f"--launch {args.launch}: at least one process is needed")
+    words = list(args.argv)
+    at = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--launch")
+    del words[at : at + (1 if "=" in words[at] else 2)]
+    return launch(words, args.launch)
+
+
+@verb(
+    "generate images with a trained generator",
+    RUN,
+    argument("-n", "--count", type=int, help="images (default: one of each label)"),
+    argument("--labels", help='classes in turn: "0-9", "3,7", or names: "Sneaker,Bag"'),
+    SEED,
+    STEPS,
+    GUIDANCE,
+    argument("-o", "--out", metavar="DIR", help="default: a folder in the run"),
+    RAW,
+    BATCH_SIZE,
+    DEVICE,
+)
+def sample(args: argparse.Namespace) -> Answer:
+    from genkit.sampling import sample
+
+    found = sample(
+        args.run,
+        count=args.count,
+        labels=args.labels,
+        seed=args.seed,
+        out=args.out,
+        steps=args.steps,
+        guidance=args.guidance,
+        ema=not args.raw,
+        batch_size=args.batch_size,
+        device=args.device,
+    )
+    seconds = console.duration(found["seconds"])
+    return Answer(
+        found,
+        f"{found['images']} images in {found['out']} after {seconds}\ngrid {found['grid']}\nseeds {found['json']}",
+    )
+
+
+@verb(
+    "turn images into a file of token ids",
+    RUN,
+    argument("images", metavar="IMAGES", help="a folder of images, or one"),
+    argument("-o", "--out", default="codes.npz", metavar="FILE", help="default: codes.npz"),
+    RAW,
+    BATCH_SIZE,
+    DEVICE,
+)
+def encode(args: argparse.Namespace) -> Answer:
+    from genkit.coding import encode
+
+    found = encode(args.run, args.images, args.out, device=args.device, batch_size=args.batch_size, ema=not args.raw)
+    return Answer(
+        found,
+        f"{found['images']} images in {found['out']}: {found['tokens']} ids of {found['codebook_size']} each, "
+        f"{found['bits_per_pixel']:.4f} bits per pixel, {found['entropy_bits_per_pixel']:.4f} by their frequencies",
+    )
+
+
+@verb(
+    "turn a file of token ids back into images",
+    RUN,
+    argument("codes", metavar="CODES", help="what `genkit encode` wrote"),
+    argument("-o", "--out", default="decoded", metavar="DIR", help="default: decoded"),
+    RAW,
+    BATCH_SIZE,
+    DEVICE,
+)
+def decode(args: argparse.Namespace) -> Answer:
+    from genkit.coding import decode
+
+    found = decode(args.run, args.codes, args.out, device=args.device, batch_size=args.batch_size, ema=not args.raw)
+    return Answer(found, f"{found['images']} images in {found['out']}")
+
+
+@verb(
+    "measure a run, a folder or an npz of images; every number carries its protocol",
+    argument("target", metavar="TARGET", help="a run directory, a folder of images, or an npz"),
+    argument("--ref", help="what to compare with: data words, a folder, or an npz (default: the run's data)"),
+    argument("--metrics", help="comma-separated: `genkit ls metrics` (default: the recipe's)"),
+    argument("-n", "--count", type=int, help="samples"),
+    argument("--weights", metavar="FILE", help="weights of the feature net"),
+    argument("-o", "--out", metavar="FILE", help="the report as JSON (default: in the run, eval/STEP.json)"),
+    SEED,
+    STEPS,
+    GUIDANCE,
+    RAW,
+    BATCH_SIZE,
+    DEVICE,
+)
+def eval_(args: argparse.Namespace) -> Answer:
+    from genkit.evaluation import evaluate
+
+    report = evaluate(
+        args.target,
+        reference=args.ref,
+        metrics=args.metrics.split(",") if args.metrics else None,
+        count=args.count,
+        weights=args.weights,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        ema=not args.raw,
+        device=args.device,
+        out=args.out or _report_path(args.target),
+    )
+    return Answer(report.to_dict(), str(report))
+
+
+def _report_path(target: str) -> str | None:
+    """Where the report about a run is kept: under the step of its last checkpoint. None for a folder or file of images."""
+    last = os.path.join(target, "checkpoints", "last")
+    return (
+        os.path.join(target, "eval", f"{os.path.basename(os.path.realpath(last))}.json")
+        if os.path.exists(last)
+        else None
+    )
+
+
+@verb("say what a run is, how far, how good, and where its pictures lie", argument("run", metavar="RUN"))
+def show(args: argparse.Namespace) -> Answer:
+    from genkit import show
+
+    found = show.summary(args.run)
+    return Answer(found, show.render(found))
+
+
+@verb(
+    "look at configs: check or show one, diff two, explain a key, or print the schema of all",
+    argument("action", choices=["check", "show", "diff", "explain", "schema"]),
+    argument(
+        "words",
+        metavar="WORD",
+        nargs="*",
+        help="check, show: RECIPE [KEY=VALUE ...]; diff: A B; explain: KEY; a run directory stands for its config",
+    ),
+)
+def config(args: argparse.Namespace) -> Answer:
+    count = {"diff": 2, "explain": 1, "schema": 0}.get(args.action)
+    if len(args.words) != count if count is not None else not args.words:
+        wanted = {"diff": "two recipes or runs", "explain": "one key", "schema": "nothing more"}
+        raise UsageError(f"`config {args.action}` takes {wanted.get(args.action, 'a recipe and KEY=VALUE overrides')}")
+    return {"diff": _diff, "explain": _explain, "schema": _schema}.get(args.action, _resolved)(args)
+
+
+def _resolved(args: argparse.Namespace) -> Answer:
+    from genkit import config, recipes
+
+    found = config.load(recipes.resolve(args.words[0]), args.words[1:])
+    if args.action == "show":
+        return Answer(found, config.dump(found).rstrip())
+    digest = config.digest(found)
+    sections = ("backbone", "tokenizer", "objective", "sampler", "data")
+    parts = ", ".join(f"{name} {found[name]['type']}" for name in sections if "type" in found.get(name, {}))
+    return Answer(
+        {"name": found["name"], "task": found.task, "digest": digest}, f"{found['name']} is fine: {parts} [{digest}]"
+    )
+
+
+def _diff(args: argparse.Namespace) -> Answer:
+    from genkit import config, recipes
+
+    a, b = (config.load(recipes.resolve(word)) for word in args.words)
+    lines = config.diff(a, b)
+    return Answer({"differences": lines}, "\n".join(lines) or "no differences")
+
+
+def _explain(args: argparse.Namespace) -> Answer:
+    from genkit.explain import explain
+
+    keys = explain(args.words[0])
+    rows = [(key.path, key.type, key.default, key.about) for key in keys]
+    return Answer([vars(key) for key in keys], console.table(rows, ("key", "type", "default", "meaning")))
+
+
+def _schema(args: argparse.Namespace) -> Answer:
+    from genkit.explain import schema
+
+    found = schema()
+    return Answer(found, console.to_json(found))
+
+
+@verb("say what this machine and this installation offer")
+def env(args: argparse.Namespace) -> Answer:
+    from genkit import env
+
+    found = env.collect()
+    return Answer(found, env.render(found))
+
+
+@verb(
+    "time genkit and named peers side by side",
+    argument("suite", metavar="SUITE"),
+    argument("--quick", action="store_true", help="smaller cases"),
+    argument("--threads", type=int, help="torch threads for both sides"),
+)
+def bench(args: argparse.Namespace) -> Answer:
+    from genkit import bench
+
+    rows = bench.run(args.suite, quick=args.quick, threads=args.threads)
+    return Answer(rows, bench.render(rows))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of exiting: wrong usage is an error like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """Arguments as a namespace; KEY=VALUE overrides may stand anywhere after the recipe. Raises UsageError."""
+    parser = _Parser(
+        prog="genkit",
+        description="From raw data to tokens, a trained generator, samples and honest metrics.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"genkit {__version__}")
+    # Suppressed defaults: what stands before the verb is not reset by what could have stood after it.
+    for names, settings in COMMON:
+        parser.add_argument(*names, default=argparse.SUPPRESS, **settings)
+    commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, command in VERBS.items():
+        sub = commands.add_parser(
+            name, help=command.about, description=f"{command.about[0].upper()}{command.about[1:]}.", allow_abbrev=False
+        )
+        for names, settings in command.arguments:
+            sub.add_argument(*names, **settings)
+        for names, settings in COMMON:
+            sub.add_argument(*names, default=argparse.SUPPRESS, **settings)
+    if not words:
+        parser.print_help()
+        raise SystemExit(UsageError.exit_code)
+    verb = _verb(words)
+    if verb and verb not in VERBS:
+        raise UsageError(f"no such command: {verb}; {nearest(verb, list(VERBS))}")
+    args, rest = parser.parse_known_args(words, argparse.Namespace(json=False, quiet=False, verbose=False))
+    # argparse fills KEY=VALUE from one stretch of words; those after an option are left over.
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in args]
+    if unknown:
+        known = [name for names, _ in (*VERBS[args.verb].arguments, *COMMON) for name in names if name.startswith("--")]
+        hint = (
+            nearest(unknown[0].partition("=")[0], known)
+            if unknown[0].startswith("--")
+            else f"see `genkit {args.verb} --help`"
+        )
+        raise UsageError(f"unexpected argument {unknown[0]}; {hint}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    args.argv = words
+    return args
+
+
+def _verb(words: list[str]) -> str:
+    return next((word for word in words if not word.startswith("-")), "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = f"genkit {_verb(words)}" if _verb(words) in VERBS else "genkit"
+    verbose = "-v" in words or "--verbose" in words
+    try:
+        args = parse(words)
+        console.set_quiet(args.quiet)
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("genkit").setLevel(logging.INFO if verbose else logging.WARNING)
+        if os.getcwd() not in sys.path:
+            # `type: mypkg.part:Class` may lie here; at the end of the path nothing here hides an installed package.
+            sys.path.append(os.getcwd())
+        # Whatever a library prints while a verb works must not mix with the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            answer = VERBS[args.verb].run(args)
+        if console.is_main_process():
+            print(console.to_json(answer.data) if args.json else answer.text)
+            sys.stdout.flush()
+        return 0
+    except SystemExit as leaving:  # --help, --version, or the exit code of launched processes
+        return leaving.code if isinstance(leaving.code, int) else 0
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted", 130)
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; without this Python would complain when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except GenkitError as error:
+        if verbose:
+            traceback.print_exc()
+        # Of several processes all are told the same about a recipe; one of them says it.
+        return (
+            _fail(name, str(error), error.exit_code)
+            if console.is_main_process() or error.exit_code == 1
+            else error.exit_code
+        )
+    except OSError as error:
+        if verbose:
+            traceback.print_exc()
+        return _fail(name, str(error), 1)
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+            return 1
+        reason = " ".join(str(error).split())
+        return _fail(name, f"unexpected {type(error).__name__}: {reason}; run again with -v for the traceback", 1)
+
+
+def _fail(name: str, message: str, code: int) -> int:
+    print(f"{name}: {message}", file=sys.stderr)
+    return code
