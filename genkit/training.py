@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,7 +112,8 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
     """Build every part, open the run directory, restore the last checkpoint."""
     settings = config["train"]
     accelerator = make_accelerator(settings, device)
-    torch.manual_seed(settings["seed"])  # initial weights
+    torch.manual_seed(settings["seed"])  # initial weights, dropout
+    random.seed(settings["seed"])  # code outside the project
     objective = registry.build("objective", config["objective"])
     tokenizer, layout = None, None
     if config.task == "tokenize":
