@@ -91,8 +91,11 @@ class Backbone(Protocol):
 class Objective(Protocol):
     """Model and data -> losses; model -> what a sampler may call.
 
-    `target` is what the tokenizer made of the data (ids or z), or the data itself when a tokenizer is what is trained.
+    `target` says what of a batch it learns, and so what __call__ receives: "ids" or "z" made by a tokenizer, or "x", the data themselves, when
+    a tokenizer is what is trained. Losses whose names begin with "_" are logged and not summed.
     """
+
+    target: str
 
     def __call__(
         self, model: Any, target: Tensor, cond: Cond, layout: Layout | None, rng: Rng

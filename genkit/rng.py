@@ -102,8 +102,9 @@ class Rng:
         return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count].reshape(len(self), *shape)
 
     def gumbel(self, *shape: int) -> Tensor:
-        """[B, *shape] float32 standard Gumbel; finite for every word."""
-        return -torch.log(-torch.log(self.uniform(*shape) + 2.0**-25))
+        """[B, *shape] float32 standard Gumbel; finite for every word: 23 bits and a half lie strictly between 0 and 1."""
+        u = ((self.words(math.prod(shape)) >> 9).to(torch.float32) + 0.5) * 2.0**-23
+        return -torch.log(-torch.log(u)).reshape(len(self), *shape)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """[B, *shape] int64 in [0, high); the bias of the scaling is below high / 2^32."""

@@ -1,0 +1,23 @@
+"""The two-layer perceptron of a transformer block."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """[..., D] -> [..., D] by way of mlp_ratio * D channels and a GELU.
+
+    The GELU is the exact one, not the tanh form of MaskGIT and DiT: the two differ by less than 5e-4, and on a CPU
+    forward and backward of the exact one take less than half the time.
+    """
+
+    def __init__(self, *, dim: int, mlp_ratio: float):
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.up = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))

@@ -1,0 +1,112 @@
+"""Masked token modelling, the masked fraction drawn anew for every sample (Chang et al., "MaskGIT", CVPR 2022)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from genkit.errors import UsageError
+from genkit.interfaces import Cache, Cond, Layout, PredictIds
+from genkit.rng import Rng
+
+
+class Masked:
+    """Cross-entropy of the masked ids given the others.
+
+    Per sample: r ~ U(0, 1), ceil(gamma(r) N) random positions are masked, all Q levels of a position together (section
+    3.1). Labels are dropped to -1 with probability cond_drop, which trains the null class of classifier-free guidance.
+
+    The loss is the mean over the masked tokens of each sample, not of the batch: a value that does not depend on what
+    else is in the batch, so that neither micro-batches nor processes change it.
+
+    The model must accept `positions` (see backbones/masked.py): logits are needed only where ids are masked.
+
+    Args:
+        schedule: gamma, the masked fraction. "cosine" cos(pi r / 2), MaskGIT; "linear" 1 - r; "arccos"
+            2 / pi arccos(r), Halton-MaskGIT.
+        label_smoothing: of the cross-entropy.
+        cond_drop: probability in [0, 1].
+        min_masked: the smallest fraction that is masked, in [0, 1]; the released MaskGIT config uses 0.5, its paper 0.
+    """
+
+    target = "ids"  # what of the data it learns
+
+    def __init__(
+        self,
+        *,
+        schedule: Literal["cosine", "linear", "arccos"] = "cosine",
+        label_smoothing: float = 0.1,
+        cond_drop: float = 0.1,
+        min_masked: float = 0.0,
+    ):
+        for name, value in (("label_smoothing", label_smoothing), ("cond_drop", cond_drop), ("min_masked", min_masked)):
+            if not 0 <= value <= 1:
+                raise UsageError(f"objective.{name}={value} must be in [0, 1]")
+        self.schedule, self.label_smoothing = schedule, label_smoothing
+        self.cond_drop, self.min_masked = cond_drop, min_masked
+
+    def __call__(self, model: Any, target: Tensor, cond: Cond, layout: Layout, rng: Rng) -> dict[str, Tensor]:
+        """{"nll": [B] nats per masked token, "_accuracy": [B]} for ids target [B, Q, *grid]."""
+        B, Q, *grid = target.shape
+        masked = self.draw_mask(math.prod(grid), layout.valid, rng)  # [B, N]
+        x = torch.where(masked.unflatten(1, grid).unsqueeze(1), mask_id(model), target)
+        positions = masked.flatten().nonzero().squeeze(1)  # [P]
+        logits = model(x, None, self.drop(cond, rng), layout, None, positions=positions).float()  # [P, Q, S]
+
+        answers = target.flatten(2).transpose(1, 2).flatten(0, 1).index_select(0, positions)  # [P, Q]
+        nll = cross_entropy(
+            logits.flatten(0, 1), answers.flatten(), reduction="none", label_smoothing=self.label_smoothing
+        )
+        with torch.no_grad():
+            is_right = logits.gather(-1, answers.unsqueeze(-1)).squeeze(-1) >= logits.amax(-1)  # [P, Q]
+
+        def per_sample(values: Tensor) -> Tensor:
+            sums = values.new_zeros(B).index_add(0, positions // masked.shape[1], values.mean(1))
+            return sums / masked.sum(1)
+
+        return {"nll": per_sample(nll.unflatten(0, (-1, Q))), "_accuracy": per_sample(is_right.float())}
+
+    def draw_mask(self, num_tokens: int, valid: Tensor | None, rng: Rng) -> Tensor:
+        """[B, N] bool, True = masked: exactly max(1, ceil(gamma(r) n)) of the n valid positions of each sample."""
+        fraction = gamma(rng.fork("ratio").uniform(), self.schedule).clamp_min(self.min_masked)  # [B]
+        rank = rng.fork("mask").order(num_tokens)  # [B, N], a random permutation
+        num_valid: int | Tensor = num_tokens
+        if valid is not None:
+            # Ranks anew with padding behind every valid position.
+            rank = torch.where(valid, rank, num_tokens).argsort(dim=1, stable=True).argsort(dim=1)
+            num_valid = valid.sum(1)
+        count = (fraction * num_valid).ceil().clamp_min(1)  # [B]
+        return rank < count.unsqueeze(1)
+
+    def drop(self, cond: Cond, rng: Rng) -> Cond:
+        """The condition with labels replaced by -1, each with probability cond_drop."""
+        if "label" not in cond:
+            return cond
+        dropped = rng.fork("cond").uniform() < self.cond_drop  # [B]
+        return {**cond, "label": torch.where(dropped, -1, cond["label"])}
+
+    def predictor(self, model: Any, cond: Cond, layout: Layout) -> PredictIds:
+        """(ids, known, cache) -> logits [B, Q, *grid, S] of the model under this condition."""
+
+        def predict(ids: Tensor, known: Tensor, cache: Cache | None = None) -> Tensor:
+            return model(torch.where(known, ids, mask_id(model)), None, cond, layout, cache)
+
+        return predict
+
+
+def gamma(r: Tensor, schedule: str) -> Tensor:
+    """Masked fraction for r in [0, 1], falling from 1 to 0."""
+    if schedule == "cosine":
+        return (r * (math.pi / 2)).cos()
+    if schedule == "arccos":
+        return r.acos() * (2 / math.pi)
+    return 1 - r
+
+
+def mask_id(model: Any) -> int:
+    """The id that stands for "unknown": one past the codebook. Looks through the wrapper of distributed training."""
+    return getattr(model, "module", model).config.codebook_size
