@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from diffusers.pipelines import pipeline_loading_utils
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
@@ -39,6 +40,8 @@ class ImagesOutput(BaseOutput):
 class TokenizerPipeline(DiffusionPipeline):
     """A trained tokenizer. `run_config` is the resolved config of the run that made it."""
 
+    tokenizer: Any
+
     def __init__(self, tokenizer: ModelMixin, run_config: dict[str, Any] | None = None):
         super().__init__()
         self.register_modules(tokenizer=tokenizer)
@@ -61,6 +64,9 @@ class GeneratorPipeline(DiffusionPipeline):
         class_names: one per class; empty for an unconditional model.
         run_config: resolved config of the run, for the record.
     """
+
+    tokenizer: Any
+    backbone: Any
 
     def __init__(
         self,

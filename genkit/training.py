@@ -428,8 +428,8 @@ def pipeline_of(job: Job) -> TokenizerPipeline | GeneratorPipeline:
         job.model,
         objective=config["objective"],
         sampler=config["sampler"],
-        grid=job.layout.grid,
-        class_names=job.class_names,
+        grid=list(job.layout.grid),
+        class_names=list(job.class_names),
         run_config=config,
     )
 

@@ -42,7 +42,9 @@ def assert_close(a: Path, b: Path) -> None:
     first, second = weights(a), weights(b)
     assert first.keys() == second.keys()
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            first[name], second[name], rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def start(config: dict, out: Path, *overrides: str, processes: int = 1) -> subprocess.Popen:
