@@ -22,27 +22,34 @@ LR = 1e-3
 
 
 def cases(quick: bool) -> Iterable[Case]:
-    """Masking, forward, backward, clipping and the optimiser's step; no dropout, label smoothing 0.1 on both sides.
+    """Masking, forward, backward, clipping and the optimiser's step; label smoothing 0.1 on both sides.
 
-    Both have the same attention (no rotary positions, no norm of queries and keys) and learned positions. They differ in the condition:
-    ours modulates every block by the class (adaLN), the peer puts a class token in front of the sequence.
+    Both have the same attention (no rotary positions, no norm of queries and keys), learned positions and the same `dropout`: 0.1 as
+    MaskGIT trains and as torch's layer has it by default, and none, where matrix products are all that counts. They differ in the
+    condition: ours modulates every block by the class (adaLN), the peer puts a class token in front of the sequence; and in what dropout
+    means: ours drops in both residual branches, torch's layer also inside attention and MLP.
     """
-    yield _case(dim=192, depth=6, num_heads=6, codebook_size=512, batch_size=64, grid=(7, 7))
-    if not quick:
-        yield _case(dim=256, depth=8, num_heads=8, codebook_size=1024, batch_size=16, grid=(16, 16))
+    small: dict[str, Any] = {"dim": 192, "depth": 6, "num_heads": 6, "batch_size": 64, "grid": (7, 7)}
+    large: dict[str, Any] = {"dim": 256, "depth": 8, "num_heads": 8, "batch_size": 16, "grid": (16, 16)}
+    for size in (small,) if quick else (small, large):
+        for dropout in (0.1, 0.0):
+            yield _case(**size, codebook_size=1024, dropout=dropout)
 
 
-def _case(*, dim: int, depth: int, num_heads: int, codebook_size: int, batch_size: int, grid: tuple[int, ...]) -> Case:
+def _case(
+    *, dim: int, depth: int, num_heads: int, codebook_size: int, batch_size: int, grid: tuple[int, ...], dropout: float
+) -> Case:
     ids = Rng.at(0, 0, batch_size).integers(codebook_size, 1, *grid)  # [B, 1, *grid]
     label = torch.arange(batch_size) % NUM_CLASSES
     size: dict[str, Any] = {"dim": dim, "depth": depth, "num_heads": num_heads, "codebook_size": codebook_size}
-    name = f"masked train step, {depth}x{dim}, {batch_size}x{math.prod(grid)} tokens, {codebook_size} codes"
+    size["dropout"] = dropout
+    name = f"masked train step, {depth}x{dim}, {batch_size}x{math.prod(grid)} tokens, {codebook_size} codes, dropout {dropout}"
     peer_name = f"torch.nn.TransformerEncoder {torch.__version__}"
     return Case(name, peer_name, 1.2, our_step(ids, label, **size), peer_step(ids, label, **size))
 
 
 def our_step(
-    ids: Tensor, label: Tensor, *, dim: int, depth: int, num_heads: int, codebook_size: int
+    ids: Tensor, label: Tensor, *, dim: int, depth: int, num_heads: int, codebook_size: int, dropout: float
 ) -> Callable[[], Tensor]:
     """One step of the loop of genkit.training, without logging and averaging."""
     grid = tuple(ids.shape[2:])
@@ -55,6 +62,7 @@ def our_step(
         dim=dim,
         depth=depth,
         mixer=mixer,
+        dropout=dropout,
     ).train()
     objective, layout = Objective(label_smoothing=0.1), dense_layout(grid)
     optimizer = adamw(model, {"lr": LR, "betas": (0.9, 0.95), "weight_decay": 0.03})
@@ -76,13 +84,13 @@ def our_step(
 class Plain(nn.Module):
     """[B, N] ids, mask id = codebook_size -> [B, N, S] logits: the model most people would write first."""
 
-    def __init__(self, *, dim: int, depth: int, num_heads: int, codebook_size: int, num_tokens: int):
+    def __init__(self, *, dim: int, depth: int, num_heads: int, codebook_size: int, num_tokens: int, dropout: float):
         super().__init__()
         self.ids = nn.Embedding(codebook_size + 1, dim)
         self.label = nn.Embedding(NUM_CLASSES + 1, dim)
         self.position = nn.Parameter(torch.randn(num_tokens + 1, dim) * 0.02)
         layer = nn.TransformerEncoderLayer(
-            dim, num_heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            dim, num_heads, 4 * dim, dropout=dropout, activation="gelu", batch_first=True, norm_first=True
         )
         self.blocks = nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
         self.head = nn.Linear(dim, codebook_size)
@@ -93,12 +101,14 @@ class Plain(nn.Module):
 
 
 def peer_step(
-    ids: Tensor, label: Tensor, *, dim: int, depth: int, num_heads: int, codebook_size: int
+    ids: Tensor, label: Tensor, *, dim: int, depth: int, num_heads: int, codebook_size: int, dropout: float
 ) -> Callable[[], Tensor]:
     """The same step with the defaults of torch: all logits, the loss masked afterwards, AdamW as it comes."""
     target = ids.flatten(1)  # [B, N]
     B, N = target.shape
-    model = Plain(dim=dim, depth=depth, num_heads=num_heads, codebook_size=codebook_size, num_tokens=N).train()
+    model = Plain(
+        dim=dim, depth=depth, num_heads=num_heads, codebook_size=codebook_size, num_tokens=N, dropout=dropout
+    ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.03)
 
     def step() -> Tensor:

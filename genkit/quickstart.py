@@ -12,7 +12,7 @@ from genkit import files
 
 RECIPES = Path(__file__).parent / "configs" / "toy"
 IMAGES_PER_CLASS = 10
-EVALUATED = 2000
+EVALUATED = 1000
 
 
 def quickstart(*, out: str | Path = "runs", seed: int = 0, device: str | None = None) -> dict[str, Any]:

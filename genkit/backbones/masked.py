@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout
+from genkit.nn.dropout import Dropout
 from genkit.nn.embed import IdEmbedding, LabelEmbedding, PositionEmbedding, SincosPositions
 from genkit.nn.mlp import MLP
 from genkit.nn.norm import modulate
@@ -31,7 +32,7 @@ class Block(nn.Module):
         super().__init__()
         self.mixer = mixer
         self.mlp = MLP(dim=dim, mlp_ratio=mlp_ratio)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.modulation = nn.Linear(dim, 6 * dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
