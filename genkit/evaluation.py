@@ -368,12 +368,11 @@ def _checked(spec: dict[str, Any] | str, number: int, reference: str | None, wei
 def _how_many(subject: _Subject, count: int | None, specs: list[dict[str, Any]]) -> int:
     if subject.count is None:
         return count or max((spec["count"] for spec in specs if spec.get("count")), default=DEFAULT_COUNT)
-    asked = count or (
-        min((s["count"] for s in specs if s.get("count")), default=None) if subject.kind == "tokenizer" else None
-    )
-    if asked is not None and asked > subject.count:
-        raise UsageError(f"count={asked}, but there are only {subject.count} images ({', '.join(subject.about)})")
-    return asked or subject.count
+    if count is not None and count > subject.count:
+        raise UsageError(f"count={count}, but there are only {subject.count} images ({', '.join(subject.about)})")
+    # A recipe's count is a limit: it is written before anybody knows how many images there are.
+    limits = [s["count"] for s in specs if s.get("count")] if subject.kind == "tokenizer" else []
+    return count or min([subject.count, *limits])
 
 
 def _batches(read: Callable[[int, int], Any], rank: int, world: int, total: int, batch_size: int) -> Iterator[Any]:

@@ -74,16 +74,16 @@ def quickstart(*, out: str | Path = "runs", seed: int = 0, device: str | None = 
 
 
 def render(found: dict[str, Any]) -> str:
-    """The figures, the seconds and the pictures as three short tables."""
+    """The figures with their protocols below, the seconds, the pictures."""
     from genkit import console
 
+    protocols = list(dict.fromkeys(row["protocol"] for row in found["figures"]))
+    figures = [(row["metric"], row["value"], f"[{protocols.index(row['protocol']) + 1}]") for row in found["figures"]]
     total = sum(found["seconds"].values())
     return "\n\n".join(
         [
-            console.table(
-                [(row["metric"], row["value"], row["protocol"]) for row in found["figures"]],
-                ("figure", "value", "protocol"),
-            ),
+            console.table(figures, ("figure", "value", "protocol")),
+            "\n".join(f"[{i}] {protocol}" for i, protocol in enumerate(protocols, 1)),
             console.table([*found["seconds"].items(), ("together", total)], ("phase", "seconds")),
             console.table(found["pictures"].items()),
         ]
