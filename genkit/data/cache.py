@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from genkit import files
 from genkit.data.loader import read_all
 from genkit.errors import GenkitError, UsageError
 from genkit.interfaces import Dataset, Tokenizer
+from genkit.nn.codebook import usage
 
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
 
@@ -94,7 +96,7 @@ def build(
         with torch.inference_mode():
             meta = _encode(tokenizer, dataset, part, batch_size, device, progress)
         meta["tokenizer_fingerprint"] = tokenizer_fingerprint
-        _write(part / "meta.json", json.dumps(meta, indent=1).encode())
+        files.write_json(part / "meta.json", meta)
         _put_in_place(part, out)
     except OSError as error:
         raise GenkitError(f"the token cache {out} cannot be written: {error.strerror or error}") from error
@@ -152,8 +154,10 @@ def _encode(
     with (folder / "labels.npy").open("wb") as file:
         np.save(file, np.concatenate(labels), allow_pickle=False)
         _sync(file)
-    _write(folder / "keys.json", json.dumps(keys).encode())
+    files.write_bytes(folder / "keys.json", json.dumps(keys).encode())
     mean = total / tokens
+    use = usage(torch.from_numpy(counts)) if counts.size else None
+    figures = {} if use is None else {"codebook_usage": use["usage"], "perplexity": use["perplexity"]}
     return {
         "count": len(keys),
         "shape": list(dataset.info.shape),
@@ -165,19 +169,10 @@ def _encode(
         "num_levels": num_levels,
         "latent_mean": mean.tolist(),
         "latent_std": np.sqrt(np.maximum(squares / tokens - mean**2, 0)).tolist(),
-        **_usage(counts),
+        **figures,
         "source": dataset.info.source,
         "dataset_fingerprint": dataset.info.fingerprint,
     }
-
-
-def _usage(counts: np.ndarray) -> dict[str, float]:
-    """Share of entries used at least once, and exp(entropy) of their use: means over levels; none if continuous."""
-    if not counts.size:
-        return {}
-    p = counts / counts.sum(1, keepdims=True)
-    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(1)  # nats
-    return {"codebook_usage": float((counts > 0).mean()), "perplexity": float(np.exp(entropy).mean())}
 
 
 class _Rows:
@@ -254,12 +249,6 @@ def _remove_abandoned(out: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         except (ValueError, OSError):
             continue  # not ours, or alive under another user
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        _sync(file)
 
 
 def _sync(file: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from genkit.errors import UsageError
+from genkit.nn.codebook import usage
 
 
 def codebook_statistics(histogram: Tensor) -> dict[str, float]:
@@ -19,15 +20,8 @@ def codebook_statistics(histogram: Tensor) -> dict[str, float]:
     Returns: "codebook usage", the share of codes chosen at least once, in [0, 1]; "codebook perplexity", exp(entropy in nats), 1 to S, the mean
         over levels; "dead codes", the number never chosen, all levels together. Usage of few ids is low for that reason alone.
     """
-    counts = histogram.double()
-    share = counts / counts.sum(1, keepdim=True)
-    entropy = torch.special.entr(share).sum(1)  # [Q]
-    dead = int((counts == 0).sum())
-    return {
-        "codebook usage": 1 - dead / counts.numel(),
-        "codebook perplexity": float(entropy.exp().mean()),
-        "dead codes": float(dead),
-    }
+    use = usage(histogram)
+    return {"codebook usage": use["usage"], "codebook perplexity": use["perplexity"], "dead codes": use["dead"]}
 
 
 class Codebook:

@@ -1,0 +1,258 @@
+"""What the training loop works on: every part built, the run directory open, the last checkpoint restored; and what is saved of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from genkit import caching, checkpoint, files, images, registry
+from genkit import config as configs
+from genkit.checkpoint import Counters, Run
+from genkit.data.cache import check_size
+from genkit.data.loader import read_all
+from genkit.ema import Ema
+from genkit.errors import UsageError
+from genkit.interfaces import Layout
+from genkit.nn.layout import dense_layout
+from genkit.optim import adamw
+from genkit.pipeline import GeneratorPipeline, TokenizerPipeline
+from genkit.rng import sample_seeds
+
+
+@dataclass
+class Job:
+    """Everything the loop touches."""
+
+    config: configs.Config
+    run: Run
+    accelerator: Accelerator
+    model: Any  # the trained module; `wrapped` is what is called, so that gradients are synchronised
+    wrapped: Any
+    optimizer: Any
+    ema: Ema | None
+    objective: Any
+    dataset: Any
+    tokenizer: Any  # frozen, of a generator; None when a tokenizer is trained
+    layout: Layout | None
+    class_names: tuple[str, ...]
+    counters: Counters
+    board: Any = None  # tensorboard writer, on the main process
+
+    @property
+    def total_samples(self) -> int:
+        """`num_samples` in whole batches."""
+        train = self.config["train"]
+        return -(-train["num_samples"] // train["batch_size"]) * train["batch_size"]
+
+
+def set_up(config: configs.Config, source: str | None, out: Path, device: str | None) -> Job:
+    """Build every part, open the run directory, restore the last checkpoint."""
+    settings = config["train"]
+    accelerator = make_accelerator(settings, device)
+    torch.manual_seed(settings["seed"])  # initial weights, dropout
+    random.seed(settings["seed"])  # code outside the project
+    objective = registry.build("objective", config["objective"])
+    tokenizer, layout = None, None
+    if config.task == "tokenize":
+        dataset = registry.build("data", config["data"])
+        model = registry.build("tokenizer", config["tokenizer"], image_channels=dataset.info.shape[0])
+        check_size(dataset.info.shape, model.stride)
+        class_names = dataset.info.class_names
+        run = open_on_main(accelerator, out, config, source)
+    else:
+        tokenizer, fingerprint = caching.tokenizer_of(config, accelerator.device)
+        run = open_on_main(accelerator, out, config, source)
+        with accelerator.main_process_first():
+            dataset = caching.token_dataset(config, tokenizer, fingerprint, out.parent / "cache", accelerator.device)
+        grid = tuple(dataset.meta["grid"])
+        class_names = tuple(dataset.info.class_names)
+        layout = dense_layout(grid, device=accelerator.device)
+        model = registry.build(
+            "backbone",
+            config["backbone"],
+            channels=tokenizer.channels,
+            codebook_size=tokenizer.codebook_size,
+            num_levels=tokenizer.num_levels,
+            num_classes=len(class_names),
+            grid=grid,
+        )
+    model.to(accelerator.device)
+    optimizer = adamw(model, settings)
+    ema = Ema(model, settings["ema"]) if settings["ema"] is not None else None
+    counters = Counters()
+    last = run.last
+    if last is not None:
+        part = "tokenizer" if config.task == "tokenize" else "backbone"
+        if ema is not None:
+            ema.load(checkpoint.load_weights(model, last / "pipeline" / part, variant="ema"))
+        checkpoint.load_weights(model, last / "pipeline" / part)
+        counters = checkpoint.load_state(
+            last, optimizer=optimizer, scaler=accelerator.scaler, rank=accelerator.process_index
+        )
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped.train()
+    job = Job(
+        config,
+        run,
+        accelerator,
+        model,
+        wrapped,
+        optimizer,
+        ema,
+        objective,
+        dataset,
+        tokenizer,
+        layout,
+        class_names,
+        counters,
+    )
+    if accelerator.is_main_process:
+        record_start(job)
+        job.board = tensorboard(run)
+    return job
+
+
+def make_accelerator(settings: dict[str, Any], device: str | None) -> Accelerator:
+    """Device, precision and gradient accumulation, from the `train` section and the processes there are."""
+    use_cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if device not in (None, "cpu") and use_cpu:
+        raise UsageError(f"--device {device}: there is no such device here; `genkit env` shows what there is")
+    precision = {"fp32": "no", "auto": "no"}.get(settings["precision"], settings["precision"])
+    if settings["precision"] == "auto" and not use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        precision = "bf16"
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if use_cpu and processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
+    per_process = settings["batch_size"] // processes
+    micro = settings["micro_batch_size"] or per_process
+    if micro == 0 or settings["batch_size"] % (processes * micro):
+        raise UsageError(
+            f"train.batch_size={settings['batch_size']} is not {processes} processes x micro_batch_size={micro} x a whole number; "
+            "change one of them"
+        )
+    return Accelerator(
+        cpu=use_cpu,
+        mixed_precision=precision,
+        gradient_accumulation_steps=per_process // micro,
+        # Codebooks are kept identical by their own reductions; broadcasting every buffer each step would only cost time.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def open_on_main(accelerator: Accelerator, out: Path, config: configs.Config, source: str | None) -> Run:
+    """The run directory, made by the main process and seen by all."""
+    with accelerator.main_process_first():
+        return checkpoint.open_run_folder(out / config["name"], config, source)
+
+
+def record_start(job: Job) -> None:
+    """Append versions and machine to env.json; drop metrics that a resumed run will write again."""
+    from genkit import env
+
+    path = job.run.path / "env.json"
+    starts = json.loads(path.read_text()) if path.exists() else []
+    files.write_json(path, [*starts, {"step": job.counters.step, **env.collect()}])
+    kept = [line for line in job.run.history if line["step"] <= job.counters.step]
+    files.write_text(job.run.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def save(job: Job) -> None:
+    """A checkpoint: the pipeline as people load it, and what is needed to continue."""
+    checkpoint.save(
+        job.run,
+        job.counters,
+        write_pipeline=lambda folder: write_pipeline(job, folder),
+        optimizer=job.optimizer.optimizer,
+        scaler=job.accelerator.scaler,
+        rank=job.accelerator.process_index,
+        barrier=job.accelerator.wait_for_everyone,
+        keep=job.config["log"]["keep"],
+    )
+
+
+def pipeline_of(job: Job) -> TokenizerPipeline | GeneratorPipeline:
+    """The model being trained, as a pipeline that shares its weights."""
+    config = json.loads(json.dumps(job.config))
+    if job.tokenizer is None:
+        return TokenizerPipeline(job.model, run_config=config)
+    assert job.layout is not None
+    assert job.layout.grid is not None
+    return GeneratorPipeline(
+        job.tokenizer,
+        job.model,
+        objective=config["objective"],
+        sampler=config["sampler"],
+        grid=list(job.layout.grid),
+        class_names=list(job.class_names),
+        run_config=config,
+    )
+
+
+def write_pipeline(job: Job, folder: Path) -> None:
+    part = "tokenizer" if job.tokenizer is None else "backbone"
+    pipeline_of(job).save_pretrained(folder)
+    if job.ema is not None:
+        with job.ema.applied():
+            job.model.save_pretrained(folder / part, variant="ema")
+
+
+@contextlib.contextmanager
+def averaged(job: Job) -> Iterator[None]:
+    """The model in eval mode with averaged weights, inside the block."""
+    job.model.eval()
+    with job.ema.applied() if job.ema is not None else contextlib.nullcontext(), torch.no_grad():
+        yield
+    job.model.train()
+
+
+def draw(job: Job) -> None:
+    """A picture of where training is: reconstructions beside their images, or samples from the same seeds every time."""
+    if not job.accelerator.is_main_process:
+        return
+    kind = "ema" if job.ema is not None else "raw"
+    path = job.run.path / "samples" / f"{job.counters.step:07d}-{kind}.png"
+    count = job.config["log"]["num_images"]
+    record: dict[str, Any] = {"step": job.counters.step, "weights": kind}
+    with averaged(job):
+        if job.tokenizer is None:
+            x = next(iter(read_all(validation(job), batch_size=count)))["x"][:count].to(job.accelerator.device)
+            rebuilt = job.model(x)[0].clamp(-1, 1)
+            rows = torch.cat([x, rebuilt, (x - rebuilt).abs() - 1])
+            picture = images.grid(rows, columns=len(x), row_names=("image", "reconstruction", "|difference|"))
+        else:
+            pipeline = pipeline_of(job)
+            labels = torch.arange(count) % len(job.class_names) if job.class_names else torch.full((count,), -1)
+            seeds = sample_seeds(job.config["train"]["seed"], 0, count)
+            picture = images.grid(pipeline.generate(labels, seeds), columns=min(count, len(job.class_names) or 10))
+            record |= {"labels": labels.tolist(), "seeds": seeds, "sampler": job.config["sampler"]}
+    images.write_png(path, picture)
+    files.write_json(path.with_suffix(".json"), record)
+
+
+def validation(job: Job) -> Any:
+    """Images the tokenizer is not trained on where the dataset has a split for them, else the training images."""
+    spec = job.config["data"]
+    if "split" in spec and spec["split"] == "train":
+        held_out = registry.build("data", {**spec, "split": "val"})
+        if len(held_out):
+            return held_out
+    return job.dataset
+
+
+def tensorboard(run: Run) -> Any:
+    """A writer where tensorboard is installed, else None: it mirrors metrics.jsonl, which is the record."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(run.path / "tb"))
