@@ -26,7 +26,7 @@ from genkit.interfaces import Layout
 from genkit.nn.layout import dense_layout
 from genkit.optim import adamw
 from genkit.pipeline import GeneratorPipeline, TokenizerPipeline
-from genkit.rng import sample_seeds
+from genkit.rng import derive, sample_seeds
 
 
 @dataclass
@@ -59,7 +59,7 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
     """Build every part, open the run directory, restore the last checkpoint."""
     settings = config["train"]
     accelerator = make_accelerator(settings, device)
-    torch.manual_seed(settings["seed"])  # initial weights, dropout
+    torch.manual_seed(settings["seed"])  # initial weights, the same in every process
     random.seed(settings["seed"])  # code outside the project
     objective = registry.build("objective", config["objective"])
     tokenizer, layout = None, None
@@ -86,6 +86,7 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
             num_classes=len(class_names),
             grid=grid,
         )
+    torch.manual_seed(derive(settings["seed"], accelerator.process_index))  # dropout, another mask in every process
     model.to(accelerator.device)
     optimizer = adamw(model, settings)
     ema = Ema(model, settings["ema"]) if settings["ema"] is not None else None
