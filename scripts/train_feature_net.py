@@ -5,7 +5,7 @@
 
 Reads the four IDX files of Fashion-MNIST (Debian package dataset-fashion-mnist, or FashionMNIST/raw of torchvision), trains on the
 60,000 train images, measures on the 10,000 test images, writes the file and prints its sha256, which belongs into
-genkit/metrics/fashion_net.py. About nine minutes on two slow cores; the same seed, torch version and thread count give the same weights.
+genkit/metrics/fashion_net.py. The same seed, torch version and thread count give the same weights.
 """
 
 from __future__ import annotations
