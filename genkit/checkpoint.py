@@ -3,7 +3,7 @@
     runs/NAME/ config.yaml config.resolved.yaml env.json metrics.jsonl log.txt samples/ eval/
       checkpoints/0005000/pipeline/   a diffusers pipeline, usable as it is; averaged weights as variant `ema`
       checkpoints/0005000/state/      optimiser, counters, random state of each process
-      checkpoints/last -> 0005000
+      checkpoints/last -> 0005000     and best -> the one with the best evaluation, where there are some
 
 A checkpoint is written under a temporary name, synced, renamed; only then does `last` move and are old ones removed. Everything is safetensors
 or JSON.
@@ -169,7 +169,7 @@ def save(
                 if final.exists():
                     shutil.rmtree(final)
                 temporary.rename(final)
-                _point(checkpoints / "last", final.name)
+                point(checkpoints / "last", final.name)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -183,7 +183,7 @@ def save(
     return final
 
 
-def _point(link: Path, target: str) -> None:
+def point(link: Path, target: str) -> None:
     """Move a relative link in one step."""
     temporary = link.with_name(f".{link.name}")
     temporary.unlink(missing_ok=True)

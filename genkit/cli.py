@@ -24,10 +24,11 @@ _BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 @dataclass(frozen=True)
 class Answer:
-    """What a verb found: data for --json, text for people."""
+    """What a verb found: data for --json, text for people, and the exit code where the finding is that something does not hold."""
 
     data: Any
     text: str
+    exit_code: int = 0
 
 
 @dataclass(frozen=True)
@@ -225,10 +226,22 @@ def sample(args: argparse.Namespace) -> Answer:
 
 
 @verb(
-    "turn images into a file of token ids",
+    "turn images into a file of coded token ids",
     RUN,
     argument("images", metavar="IMAGES", help="a folder of images, or one"),
-    argument("-o", "--out", default="codes.npz", metavar="FILE", help="default: codes.npz"),
+    argument(
+        "-o", "--out", default="codes.gtk", metavar="FILE", help="default: codes.gtk; a name in .npz gives plain arrays"
+    ),
+    argument(
+        "--prior",
+        default="auto",
+        metavar="WORD",
+        help="uniform, static, adaptive, auto = the smallest, or the run of a masked generator of the same tokens (default: auto)",
+    ),
+    argument("--codes", type=int, metavar="S", help="cluster the codebook into S codes first: fewer bits, no training"),
+    argument("--packets", choices=["none", "rows", "interleaved"], default="none", help="what is lost stays local"),
+    argument("--pad", action="store_true", help="extend images to sides the tokenizer takes; decoding removes it"),
+    argument("--fit", action="store_true", help="crop and resize images to the size the tokenizer was trained on"),
     RAW,
     BATCH_SIZE,
     DEVICE,
@@ -236,19 +249,41 @@ def sample(args: argparse.Namespace) -> Answer:
 def encode(args: argparse.Namespace) -> Answer:
     from genkit.coding import encode
 
-    found = encode(args.run, args.images, args.out, device=args.device, batch_size=args.batch_size, ema=not args.raw)
-    return Answer(
-        found,
-        f"{found['images']} images in {found['out']}: {found['tokens']} ids of {found['codebook_size']} each, "
-        f"{found['bits_per_pixel']:.4f} bits per pixel, {found['entropy_bits_per_pixel']:.4f} by their frequencies",
+    found = encode(
+        args.run,
+        args.images,
+        args.out,
+        prior=args.prior,
+        codes=args.codes,
+        packets=args.packets,
+        pad=args.pad,
+        fit=args.fit,
+        device=args.device,
+        batch_size=args.batch_size,
+        ema=not args.raw,
     )
+    text = (
+        f"{found['images']} images in {found['out']}: {found['tokens']} ids of {found['codebook_size']} each, "
+        f"{found['bits_per_pixel']:.4f} bits per pixel, {found['entropy_bits_per_pixel']:.4f} by their frequencies"
+    )
+    skipped = [f"left out {name}: {reason}" for name, reason in found.get("skipped", {}).items()]
+    return Answer(found, "\n".join([text, *skipped]))
 
 
 @verb(
-    "turn a file of token ids back into images",
+    "turn a file of coded token ids back into images",
     RUN,
     argument("codes", metavar="CODES", help="what `genkit encode` wrote"),
     argument("-o", "--out", default="decoded", metavar="DIR", help="default: decoded"),
+    argument("--prior", metavar="RUN", help="the generator the file was coded with, if it was"),
+    argument("--only", action="append", metavar="NAME", help="decode this image alone; may be repeated"),
+    argument(
+        "--restore",
+        metavar="RUN",
+        help="fill in lost ids with a masked generator of the same tokens; nearest = copy the nearest known id",
+    ),
+    argument("--lose", type=float, default=0.0, metavar="SHARE", help="lose this share of the ids, to try --restore"),
+    SEED,
     RAW,
     BATCH_SIZE,
     DEVICE,
@@ -256,18 +291,86 @@ def encode(args: argparse.Namespace) -> Answer:
 def decode(args: argparse.Namespace) -> Answer:
     from genkit.coding import decode
 
-    found = decode(args.run, args.codes, args.out, device=args.device, batch_size=args.batch_size, ema=not args.raw)
-    return Answer(found, f"{found['images']} images in {found['out']}")
+    found = decode(
+        args.run,
+        args.codes,
+        args.out,
+        prior=args.prior,
+        only=args.only,
+        restore=args.restore,
+        lose=args.lose,
+        seed=args.seed,
+        device=args.device,
+        batch_size=args.batch_size,
+        ema=not args.raw,
+    )
+    lost = f"; {found['lost']} of {found['ids']} ids were lost and filled in" if found.get("lost") else ""
+    return Answer(found, f"{found['images']} images in {found['out']}{lost}")
 
 
 @verb(
-    "measure a run, a folder or an npz of images; every number carries its protocol",
-    argument("target", metavar="TARGET", help="a run directory, a folder of images, or an npz"),
-    argument("--ref", help="what to compare with: data words, a folder, or an npz (default: the run's data)"),
+    "turn published weights into a tokenizer that every verb takes in place of a run",
+    argument(
+        "file",
+        metavar="FILE",
+        help="a checkpoint (.safetensors, .pt, .pth, .ckpt), or a folder with one and config.json",
+    ),
+    argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="NAME",
+        help="whose weights: taming-vqgan, llamagen-vq, var-vqvae, titok, dqvae, maskgit-vqgan, diffusers-vq, diffusers-kl, ...",
+    ),
+    argument("-o", "--out", required=True, metavar="DIR"),
+    argument(
+        "--config",
+        metavar="FILE",
+        help="the original's options, YAML or JSON (default: config.json beside the weights)",
+    ),
+    argument("--size", type=int, help="pixels per side that images are brought to (default: the config's, or 256)"),
+    argument(
+        "--data",
+        default="data/images",
+        metavar="DIR",
+        help="images that `genkit eval` reconstructs (default: data/images)",
+    ),
+    argument("--check", action="store_true", help="encode and decode a drawn picture"),
+)
+def import_(args: argparse.Namespace) -> Answer:
+    from genkit.importing import import_weights, render
+
+    found = import_weights(
+        args.file, args.source, args.out, config=args.config, check=args.check, data=args.data, size=args.size
+    )
+    return Answer(found, render(found))
+
+
+@verb(
+    "measure a run, or a folder, zip or npz of images; every number carries its protocol",
+    argument(
+        "targets",
+        metavar="TARGET",
+        nargs="*",
+        help="a run directory, a folder or zip of images, an npz; with --compare: runs or reports; with --verify: a report",
+    ),
+    argument("--ref", help="what to compare with: data words, a folder, a zip or an npz (default: the run's data)"),
     argument("--metrics", help="comma-separated: `genkit ls metrics` (default: the recipe's)"),
+    argument(
+        "--protocol", help="adm, edm, clean, torch-fidelity, pytorch-fid or quick: metrics, count and labels by name"
+    ),
     argument("-n", "--count", type=int, help="samples"),
+    argument("--labels", choices=["balanced", "random"], help="classes of the samples (default: the protocol's)"),
     argument("--weights", metavar="FILE", help="weights of the feature net"),
-    argument("-o", "--out", metavar="FILE", help="the report as JSON (default: in the run, eval/STEP.json)"),
+    argument(
+        "-o",
+        "--out",
+        metavar="PATH",
+        help="the report as JSON (default: in the run, eval/STEP.json); with --compare: a folder",
+    ),
+    argument("--verify", action="store_true", help="evaluate again what a report is about, and say what differs"),
+    argument("--compare", action="store_true", help="put reports side by side, and draw curves with -o"),
+    argument("--tolerance", type=float, default=1e-4, help="of --verify, relative (default: 1e-4)"),
     SEED,
     STEPS,
     GUIDANCE,
@@ -276,13 +379,32 @@ def decode(args: argparse.Namespace) -> Answer:
     DEVICE,
 )
 def eval_(args: argparse.Namespace) -> Answer:
+    from genkit import comparing
+
+    if args.compare and args.verify:
+        raise UsageError("--compare and --verify are two things; choose one")
+    if args.compare:
+        if not args.targets:
+            raise UsageError("--compare needs runs or reports to put side by side")
+        found = comparing.compare(args.targets, args.out)
+        return Answer(found, comparing.render(found))
+    if len(args.targets) != 1:
+        what = "a report" if args.verify else "a run, a folder or zip of images, or an npz"
+        raise UsageError(f"eval takes {what}, got {len(args.targets)} targets; `--compare` takes several")
+    if args.verify:
+        found = comparing.verify(
+            args.targets[0], tolerance=args.tolerance, device=args.device, batch_size=args.batch_size
+        )
+        return Answer(found, comparing.render_verification(found), 0 if found["same"] else 1)
     from genkit.evaluation import evaluate
 
     report = evaluate(
-        args.target,
+        args.targets[0],
         reference=args.ref,
         metrics=args.metrics.split(",") if args.metrics else None,
+        protocol=args.protocol,
         count=args.count,
+        labels=args.labels,
         weights=args.weights,
         batch_size=args.batch_size,
         seed=args.seed,
@@ -290,19 +412,45 @@ def eval_(args: argparse.Namespace) -> Answer:
         guidance=args.guidance,
         ema=not args.raw,
         device=args.device,
-        out=args.out or _report_path(args.target),
+        out=args.out,
     )
     return Answer(report.to_dict(), str(report))
 
 
-def _report_path(target: str) -> str | None:
-    """Where the report about a run is kept: under the step of its last checkpoint. None for a folder or file of images."""
-    last = os.path.join(target, "checkpoints", "last")
-    return (
-        os.path.join(target, "eval", f"{os.path.basename(os.path.realpath(last))}.json")
-        if os.path.exists(last)
-        else None
+@verb(
+    "statistics of a set of images, as a file that evaluations are compared with",
+    argument(
+        "path", metavar="PATH", help="a folder, zip or npz of images, a dataset (fashion:val), or a run: its data"
+    ),
+    argument("-o", "--out", required=True, metavar="FILE", help="an npz"),
+    argument(
+        "--format",
+        choices=["genkit", "adm", "fid", "edm"],
+        default="genkit",
+        help="genkit: moments and features, for every metric; adm, fid, edm: what those tools read (default: genkit)",
+    ),
+    argument(
+        "--features", help="feature net (default: the one that comes with genkit where it fits, else inception-2015)"
+    ),
+    argument("--weights", metavar="FILE", help="weights of the feature net"),
+    argument("-n", "--count", type=int, help="images from the front (default: all)"),
+    BATCH_SIZE,
+    DEVICE,
+)
+def stats(args: argparse.Namespace) -> Answer:
+    from genkit.stats import stats
+
+    found = stats(
+        args.path,
+        args.out,
+        format=args.format,
+        features=args.features,
+        weights=args.weights,
+        count=args.count,
+        batch_size=args.batch_size,
+        device=args.device,
     )
+    return Answer(found, f"{found['out']}: {found['images']} images, {found['net']}, format {found['format']}")
 
 
 @verb("say what a run is, how far, how good, and where its pictures lie", argument("run", metavar="RUN"))
@@ -465,7 +613,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if console.is_main_process():
             print(console.to_json(answer.data) if args.json else answer.text)
             sys.stdout.flush()
-        return 0
+        return answer.exit_code
     except SystemExit as leaving:  # --help, --version, or the exit code of launched processes
         return leaving.code if isinstance(leaving.code, int) else 0
     except KeyboardInterrupt:

@@ -57,7 +57,13 @@ class Log(_Section):
     every_steps: int = Field(50, gt=0)
     sample_every_steps: int = Field(500, gt=0, description="fixed-noise sample grid or reconstruction grid")
     save_every_steps: int = Field(500, gt=0)
-    keep: int = Field(2, ge=1, description="checkpoints kept")
+    eval_every_steps: int | None = Field(
+        None, gt=0, description="save and evaluate with the recipe's metrics; null = only when asked"
+    )
+    best: str | None = Field(
+        None, description="the metric that checkpoints/best follows, by name; null = the first that can be better"
+    )
+    keep: int = Field(2, ge=1, description="checkpoints kept; the best one stays as well")
     num_images: int = Field(20, gt=0, description="images in a grid")
 
 

@@ -260,7 +260,7 @@ def open_run(path: str | Path, ema: bool = True, device: str | torch.device | No
     for component in pipeline.components.values():
         component.eval().requires_grad_(False)
     pipeline.weights_variant = variant or "raw"
-    pipeline.folder = folder
+    pipeline.folder = folder.resolve()
     return pipeline.to(device) if device is not None else pipeline
 
 

@@ -25,6 +25,7 @@ from genkit.console import Progress
 from genkit.data.loader import batches
 from genkit.errors import GenkitError
 from genkit.job import Job, draw, save, set_up
+from genkit.judging import is_due, judge
 from genkit.optim import learning_rate
 from genkit.rng import Rng
 
@@ -104,6 +105,8 @@ def loop(job: Job, progress: Progress, stop: list[int]) -> None:
     bad_in_a_row = 0
     if counters.samples < job.total_samples and counters.step == 0:
         draw(job)
+    if is_due(job):  # interrupted after the checkpoint was saved and before its report was written
+        judge(job, progress)
     for batch in fetch(job):
         with accelerator.accumulate(job.wrapped):
             rng = Rng.at(settings["seed"], int(batch["position"][0]), len(batch["position"]), accelerator.device)
@@ -145,7 +148,7 @@ def loop(job: Job, progress: Progress, stop: list[int]) -> None:
             report(job, progress, meter, float(norm))
         if counters.step % log["sample_every_steps"] == 0 or done:
             draw(job)
-        if counters.step % log["save_every_steps"] == 0 or done or stopping:
+        if counters.step % log["save_every_steps"] == 0 or done or stopping or is_due(job):
             save(job)
         if stopping and not done:
             code = 130 if stopping == signal.SIGINT else 85
@@ -154,6 +157,8 @@ def loop(job: Job, progress: Progress, stop: list[int]) -> None:
                 f"saved {job.run.last}; the same command continues",
                 code,
             )
+        if is_due(job):
+            judge(job, progress)
 
 
 def fetch(job: Job) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,8 @@ A golden file holds the weights of a system under their official names, inputs, 
 go through the system's importer, as a user's would. One row per output: file, output, largest absolute error, tolerance, ok or FAIL.
 Exit code 1 on any FAIL, an unknown system or a file that cannot be read.
 
-A system is known when this file has a function `run_<system>` that takes a Case and returns outputs by name.
+A system is known when this file has, or takes from its neighbours golden_*.py, a function `run_<system>` that takes a Case and returns outputs
+by name.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # test the checkou
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from tests.golden_frechet import run_frechet  # noqa: F401 - found by name
+from tests.golden_quantisers import run_fsq, run_lfq, run_rvq  # noqa: F401
+from tests.golden_structured import run_dqvae, run_titok, run_var_vqvae  # noqa: F401
+from tests.golden_vqgan import run_llamagen_vq, run_maskgit_vqgan, run_taming_vqgan  # noqa: F401
 
 Outputs = dict[str, Tensor]
 

@@ -34,7 +34,12 @@ class Generator:
     sampler = {"type": "masked", "num_steps": 12, "guidance": 2.0}  # noqa: RUF012
 
     def __init__(self, metrics=()):
-        self.run_config = {"data": DATA, "metrics": list(metrics), "sampler": self.sampler}
+        self.run_config = {
+            "data": DATA,
+            "metrics": list(metrics),
+            "sampler": self.sampler,
+            "train": {"batch_size": 4},
+        }
         self.labels, self.seeds, self.calls = [], [], []
 
     def generate(self, labels, seeds, *, steps=None, guidance=None):
@@ -200,7 +205,7 @@ def test_report_of_a_run_is_kept_in_it_by_step(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "open_run", lambda path, **options: asked.append((path, options["ema"])) or pipe)
     report = evaluate(tmp_path, count=20, metrics=["class_accuracy"], ema=False)
     assert asked == [(tmp_path, False)]
-    assert json.loads((tmp_path / "eval" / "0000005.json").read_text()) == report.to_dict()
+    assert json.loads((tmp_path / "eval" / "0000005-raw.json").read_text()) == report.to_dict()
 
 
 def images_of(path: Path, *sizes, mode="L"):

@@ -23,7 +23,10 @@ LAYERS = (
 )
 RANK = {folder: rank for rank, folders in enumerate(LAYERS) for folder in folders}
 # What stands above all parts. (`genkit.pipeline` and `genkit.registry` are reached through words, not through imports.)
-TOP = {"cli", "training", "sampling", "evaluation", "quickstart", "caching", "coding", "launch", "show", "bench"}
+TOP = {
+    "cli", "training", "sampling", "evaluation", "quickstart", "caching", "coding", "launch", "show", "bench",
+    "importing", "comparing", "judging", "subjects", "stats", "job",
+}  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from genkit.errors import GenkitError, UsageError
 from genkit.importers.vector_quantize_pytorch import import_vector_quantize
 from genkit.kernels.nearest_code import chunked, reference
-from genkit.nn.codebook import Codebook, normalise, usage
+from genkit.nn.codebook import Codebook, normalise
 from genkit.nn.conv import Decoder, Encoder, patch_transform
 from genkit.nn.quantize import Quantizer
+from genkit.nn.usage import usage
 from genkit.tokenizers.vq import VQ
 
 TINY = {"image_channels": 1, "width": 16, "num_blocks": 1, "channels": 8, "codebook_size": 12}

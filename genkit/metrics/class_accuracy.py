@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class ClassAccuracy:
 
     Raises: UsageError for a net without named classes.
     """
+
+    better: Literal["lower", "higher"] = "higher"
 
     def __init__(self, *, features: str = "fashion-cnn", count: int = 5000, weights: str | None = None):
         self.net = nets.load(features, weights)
@@ -54,6 +56,10 @@ class ClassAccuracy:
 
     def state(self) -> dict[str, Tensor]:
         return {"correct": self.correct, "asked": self.asked}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a saved state."""
+        self.correct, self.asked = state["correct"].clone(), state["asked"].clone()
 
     def result(self) -> dict[str, float]:
         """{"class accuracy": share in [0, 1], "class accuracy: NAME": of that class, for every class that was asked for}."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ def codebook_statistics(histogram: Tensor) -> dict[str, float]:
 
 class Codebook:
     """Statistics of the `ids` a tokenizer chose."""
+
+    better: Literal["lower", "higher"] = "higher"
 
     def __init__(self) -> None:
         self.histogram: Tensor | None = None  # [Q, S]; its size is known with the first batch
@@ -52,6 +54,10 @@ class Codebook:
 
     def state(self) -> dict[str, Tensor]:
         return {} if self.histogram is None else {"histogram": self.histogram}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a saved state."""
+        self.histogram = state["histogram"].clone() if "histogram" in state else None
 
     def result(self) -> dict[str, float]:
         if self.histogram is None:

@@ -7,6 +7,7 @@ split, so the net has never seen what quick-start models train on, and its opini
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ def _layer(channels_in: int, channels_out: int, kernel: int, stride: int) -> nn.
 class FashionCNN(nn.Module):
     """Three convolutions, 28 -> 14 -> 7 pixels, then two linear layers: the images are centred, so that places mean something."""
 
-    dim = 128
+    dims: ClassVar[dict[str, int]] = {"pool": 128, "logits": 10}
     class_names = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
     chunk = 1000  # images at once
 
@@ -42,11 +43,11 @@ class FashionCNN(nn.Module):
             nn.MaxPool2d(2),  # [B, 48, 7, 7]
             _layer(48, 64, 3, 1),
             nn.Flatten(),  # [B, 3136]
-            nn.Linear(64 * 7 * 7, self.dim, bias=False),
-            nn.BatchNorm1d(self.dim),
+            nn.Linear(64 * 7 * 7, self.dims["pool"], bias=False),
+            nn.BatchNorm1d(self.dims["pool"]),
             nn.ReLU(),
         )
-        self.head = nn.Linear(self.dim, len(self.class_names))
+        self.head = nn.Linear(self.dims["pool"], len(self.class_names))
 
     def features(self, x: Tensor) -> Tensor:
         """[B, 1, 28, 28] in [-1, 1] -> [B, 128], not negative.
@@ -60,6 +61,11 @@ class FashionCNN(nn.Module):
             )
         padding = (x.shape[-1] - 28) // 2
         return self.body(x[..., padding : padding + 28, padding : padding + 28])
+
+    def layers(self, x: Tensor) -> dict[str, Tensor]:
+        """[B, 1, 28, 28] in [-1, 1] -> "pool" [B, 128] and "logits" [B, 10]."""
+        pooled = self.features(x)
+        return {"pool": pooled, "logits": self.classify(pooled)}
 
     def classify(self, features: Tensor) -> Tensor:
         """[B, 128] -> logits [B, 10]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class Reconstruction:
         weights: of the feature net: a file, or a folder that holds it.
     """
 
+    better: Literal["lower", "higher"] = "higher"
+
     def __init__(self, *, features: str | None = "fashion-cnn", count: int | None = None, weights: str | None = None):
         self.count = count
         self.frechet = Frechet(features=features, weights=weights) if features is not None else None
@@ -92,8 +94,15 @@ class Reconstruction:
     def state(self) -> dict[str, Tensor]:
         return self.sums | (self.frechet.state() if self.frechet else {})
 
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a saved state."""
+        for name, value in self.sums.items():
+            value.copy_(state[name])
+        if self.frechet is not None:
+            self.frechet.restore(state)
+
     def result(self) -> dict[str, float]:
-        """{"PSNR": dB, "SSIM": at most 1, "rFD (net)" or "rFID" or "rFID-quick": distance}."""
+        """{"PSNR": dB, "SSIM": at most 1, "rFID", "rFID-quick" or "rFD (net)", as frechet_name says: distance}."""
         images = self.sums["images"]
         if not images:
             raise UsageError("reconstruction has seen no images")

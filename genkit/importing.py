@@ -1,0 +1,294 @@
+"""Published weights -> a tokenizer as genkit saves it: what `genkit import` does.
+
+An importer is a file of genkit/importers with a function convert(state, config) -> tokenizer; its name, with dashes, is the word after --from,
+its first line says whose weights it reads. Its table IGNORED (pattern of a key -> reason) says what it leaves aside. Files are read without
+running anything that is written in them.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from genkit.errors import GenkitError, UsageError, nearest
+
+FOLDER = Path(__file__).parent / "importers"
+SIZE = 256  # pixels per side of the images that nearly all published tokenizers were trained on
+_TABLES = (
+    "ema",
+    "model_ema",
+    "state_dict",
+    "model",
+)  # where checkpoints keep their weights; the averaged ones are those people evaluate
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+def importers() -> dict[str, str]:
+    """Word after --from -> a line about it. Parses the files; imports nothing."""
+    found = {}
+    for path in sorted(FOLDER.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "convert" for node in tree.body):
+            found[path.stem.replace("_", "-")] = (ast.get_docstring(tree) or "").split("\n")[0]
+    return found
+
+
+def import_weights(
+    file: str | Path,
+    source: str,
+    out: str | Path,
+    *,
+    config: str | Path | Mapping[str, Any] | None = None,
+    check: bool = False,
+    data: str = "data/images",
+    size: int | None = None,
+) -> dict[str, Any]:
+    """Convert a published checkpoint and save it as a pipeline that every verb takes in place of a run.
+
+    Args:
+        file: .safetensors, .pt, .pth, .ckpt or .bin, or a folder with such a file and a config.json.
+        source: whose weights they are, one of `importers()`.
+        out: folder of the pipeline; it must not exist and appears whole or not at all.
+        config: options of the original as a YAML or JSON file or a mapping; by default config.json beside the weights.
+        check: encode and decode a drawn picture.
+        data: folder of images that `genkit eval` reconstructs.
+        size: pixels per side that `genkit encode` and `eval` bring images to; by default the only ones that the tokenizer takes, what the config
+            says, or 256.
+
+    Returns: out; from; tokenizer (its type); options; parameters, the numbers that were read, codes included; ignored, reason -> keys; left_out,
+        names of what else was in the file; check, see `try_out`, or None.
+
+    Raises: UsageError for an unknown source, a missing file or an existing `out`; GenkitError for a file that is damaged or does not fit.
+    """
+    known = importers()
+    if source not in known:
+        raise UsageError(f"--from {source} is not known; {nearest(source, list(known))}")
+    target = Path(out)
+    if target.exists():
+        raise UsageError(f"{target} exists; choose another folder or remove it")
+    weights, left_out = read_weights(Path(file))
+    options = read_config(Path(file), config)
+    importer = importlib.import_module(f"genkit.importers.{source.replace('-', '_')}")
+    tokenizer = importer.convert(weights, options)
+    side = size or getattr(tokenizer, "image_size", None) or _size(options or {}) or SIZE
+    if side % tokenizer.stride:
+        raise UsageError(f"--size {side} is no multiple of the tokenizer's stride {tokenizer.stride}")
+    kind = type(tokenizer).__module__.rpartition(".")[2]
+    given = {name: value for name, value in tokenizer.config.items() if name[0] != "_" and name != "image_channels"}
+    given = json.loads(json.dumps(given))
+    channels = tokenizer.config["image_channels"]
+    ignored = _ignored(weights, getattr(importer, "IGNORED", {}))
+    unread = {key for keys in ignored.values() for key in keys}
+    found: dict[str, Any] = {
+        "out": str(target),
+        "from": source,
+        "tokenizer": kind,
+        "options": given,
+        "parameters": sum(value.numel() for key, value in weights.items() if key not in unread),
+        "ignored": ignored,
+        "left_out": left_out,
+        "check": try_out(tokenizer, channels, side) if check else None,
+    }
+    run_config = {
+        "name": target.name,
+        "data": {"type": "folder", "path": data, "size": side, "channels": channels},
+        "tokenizer": {"type": kind, **given},
+        "objective": {"type": "reconstruction"},
+        "imported": {"from": source, "file": Path(file).name},
+    }
+    _save(tokenizer, run_config, target)
+    return found
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """What `import_weights` returned, for people."""
+    lines = [f"{found['out']}: {found['tokenizer']} with {found['parameters']:,} parameters, from {found['from']}"]
+    for reason, keys in found["ignored"].items():
+        few = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+        lines.append(f"{len(keys)} keys not needed: {reason} ({few})")
+    if found["left_out"]:
+        lines.append(f"in the file too, not read: {', '.join(found['left_out'])}")
+    if found["check"]:
+        lines += [f"{name.replace('_', ' ')}: {value}" for name, value in found["check"].items()]
+    return "\n".join(lines)
+
+
+def try_out(tokenizer: Any, channels: int, side: int) -> dict[str, Any]:
+    """Encode and decode one drawn picture [1, channels, side, side]: waves of rising frequency with a bright disc.
+
+    Returns: shapes of image, z, ids and reconstruction; ids_range and distinct_ids; psnr in dB; codes_agree, whether codes(ids) is z.
+
+    Raises: GenkitError when what comes out is not finite.
+    """
+    import torch
+
+    y, x = torch.meshgrid(torch.linspace(-1, 1, side), torch.linspace(-1, 1, side), indexing="ij")
+    waves = torch.stack([torch.sin((4 + 3 * c) * (x + 0.5 * c * y).square() + 2 * y) for c in range(channels)])
+    picture = torch.where((x.square() + y.square()) < 0.25, 0.8, 0.6 * waves)[None]
+    with torch.inference_mode():
+        encoded = tokenizer.encode(picture)
+        rebuilt = tokenizer.decode(encoded.z).clamp(-1, 1)
+        found: dict[str, Any] = {"image": list(picture.shape), "z": list(encoded.z.shape)}
+        if encoded.ids is not None:
+            found["ids"] = list(encoded.ids.shape)
+            found["ids_range"] = [int(encoded.ids.min()), int(encoded.ids.max())]
+            found["distinct_ids"] = len(encoded.ids.unique())
+            found["codes_agree"] = torch.allclose(tokenizer.codes(encoded.ids), encoded.z, atol=1e-5)
+    if not bool(rebuilt.isfinite().all()):
+        raise GenkitError(
+            "the imported tokenizer makes numbers that are not finite; the file is damaged or of another model"
+        )
+    error = (rebuilt - picture).square().mean().clamp_min(1e-10)
+    return found | {"reconstruction": list(rebuilt.shape), "psnr": round(float(10 * torch.log10(4 / error)), 2)}
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """(tensors by key, names of what else is in it and was not read) of a checkpoint, or of the one in a folder.
+
+    Raises: UsageError when there is none; GenkitError when it is damaged or holds no weights.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from torch import Tensor
+
+    file = _weights_of(path) if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist; give a file of weights ({', '.join(_WEIGHTS)}) or a folder with one")
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file), []
+        except (SafetensorError, OSError) as error:
+            raise GenkitError(f"{file} is not a readable safetensors file: {' '.join(str(error).split())}") from None
+    stored, left_out = _unpickle(file)
+    table = _table(stored, file)
+    tensors = {key: value for key, value in table.items() if isinstance(value, Tensor)}
+    return tensors, left_out + sorted(str(key) for key in table if key not in tensors)
+
+
+def read_config(path: Path, config: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The options of the original: a mapping, a YAML or JSON file, or by default the config.json beside the weights, if there is one."""
+    from genkit import config as configs
+
+    if isinstance(config, Mapping):
+        return config
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    file = Path(config) if config is not None else beside
+    if config is None and not beside.is_file():
+        return None
+    try:
+        found = configs.parse(file.read_text(encoding="utf-8"))
+    except Exception as error:  # a missing file, bytes that are no text, text that is no YAML
+        raise UsageError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(found, Mapping):
+        raise UsageError(f"--config {file} must be a mapping of options, found {type(found).__name__}")
+    return found
+
+
+def _weights_of(folder: Path) -> Path:
+    """The one file of weights in a folder, safetensors before others, without those of another precision or averages."""
+    found = [p for p in sorted(folder.iterdir()) if p.suffix in _WEIGHTS and p.suffixes[:-1] == []]
+    found = [p for p in found if p.suffix == ".safetensors"] or found
+    if len(found) != 1:
+        names = ", ".join(p.name for p in found) or "none"
+        raise UsageError(f"{folder} must hold one file of weights, found {names}; name the file itself")
+    return found[0]
+
+
+class _Inert:
+    """Stands for every class of a checkpoint that is no tensor: it takes what it is given and does nothing."""
+
+    def __init__(self, *args: Any, **options: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _unpickle(file: Path) -> tuple[Any, list[str]]:
+    """A torch file, and the names of classes in it that were replaced by stand-ins. Nothing in the file is imported or run.
+
+    Training frameworks store objects of their own beside the weights, which torch's safe reader refuses. It may make harmless stand-ins
+    instead; what it refuses even so (a `posix.system`) is no checkpoint.
+    """
+    import torch
+
+    try:
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # the format before torch 1.6, or no torch file at all: the reader below says which
+        others = []
+    stand_ins: list[Any] = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in others]
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(file, map_location="cpu", weights_only=True), sorted(others)
+    except Exception as error:  # the reader raises many types on broken or hostile bytes
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
+        held = f" (it holds {', '.join(sorted(others)[:5])})" if others else ""
+        raise GenkitError(
+            f"{file} cannot be read as weights alone{held}: {reason}; save its state dict as safetensors where it was made"
+        ) from None
+
+
+def _table(stored: Any, file: Path) -> Mapping[str, Any]:
+    """The table of weights within a checkpoint: the object itself, or the first of the usual entries that is there."""
+    from torch import Tensor
+
+    table = stored
+    while isinstance(table, Mapping) and (
+        name := next((n for n in _TABLES if isinstance(table.get(n), Mapping)), None)
+    ):
+        table = table[name]
+    if not isinstance(table, Mapping) or not any(isinstance(value, Tensor) for value in table.values()):
+        held = ", ".join(map(str, list(stored)[:8])) if isinstance(stored, Mapping) else f"a {type(stored).__name__}"
+        raise GenkitError(
+            f"{file} holds no table of weights, found {held or 'nothing'}; looked for {', '.join(_TABLES)}"
+        )
+    return table
+
+
+def _size(config: Mapping[str, Any]) -> int | None:
+    """Pixels per side as the original's config says, wherever in it."""
+    for name, value in config.items():
+        found = _size(value) if isinstance(value, Mapping) else value
+        if isinstance(found, int) and (
+            isinstance(value, Mapping) or name in ("resolution", "sample_size", "image_size")
+        ):
+            return found
+    return None
+
+
+def _ignored(weights: Mapping[str, Any], patterns: Mapping[str, str]) -> dict[str, list[str]]:
+    """Reason -> the keys that the importer leaves aside for it."""
+    found: dict[str, list[str]] = {}
+    for pattern, reason in patterns.items():
+        if keys := sorted(key for key in weights if re.fullmatch(pattern, key)):
+            found.setdefault(reason, []).extend(keys)
+    return found
+
+
+def _save(tokenizer: Any, run_config: dict[str, Any], target: Path) -> None:
+    """Under a temporary name, synced, renamed."""
+    from genkit import files
+    from genkit.pipeline import TokenizerPipeline
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    except OSError as error:
+        raise GenkitError(f"{target} cannot be written: {error}") from None
+    try:
+        TokenizerPipeline(tokenizer, run_config=run_config).save_pretrained(temporary)
+        temporary.chmod(0o755)
+        files.sync_folder(temporary)
+        temporary.rename(target)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise GenkitError(f"{target} cannot be written: {error}") from None
+        raise
