@@ -144,7 +144,8 @@ def test_memory_stays_below_the_bound_and_results_do_not_depend_on_it(monkeypatc
         found = precision_recall(x, y), density_coverage(x, y), mmd2(x, y)
     assert largest.size <= 1024
     assert found[:2] == expected[:2]
-    assert found[2] == pytest.approx(expected[2], abs=1e-9)
+    # KID multiplies in single precision, and the order of a product's sums follows its shape: 7e-9 was seen on two threads.
+    assert found[2] == pytest.approx(expected[2], abs=1e-7)
 
 
 # Against peers
