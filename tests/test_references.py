@@ -120,7 +120,9 @@ def test_what_is_written_is_read_again_here_and_by_plain_numpy(tmp_path, format)
 
 def test_features_are_mapped_from_the_file(tmp_path):
     references.write(tmp_path / "ref.npz", "genkit", {"pool": moments()}, features=torch.from_numpy(ROWS))
-    assert isinstance(sources.Npz(tmp_path / "ref.npz").map("features", "c"), np.memmap)
+    mapped = sources.Npz(tmp_path / "ref.npz").map("features", "c")
+    assert isinstance(mapped, np.memmap)
+    assert mapped.offset % 64 == 0
 
 
 def test_images_of_an_adm_reference_are_spread_over_all(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import struct
 import threading
 import time
+import tracemalloc
 import zipfile
 import zlib
 
@@ -454,10 +455,14 @@ def test_zip_bombs_are_refused_unopened(tmp_path, monkeypatch):
     with pytest.raises(GenkitError, match=r"a\.png would unpack to 10,001 bytes, more than the 10,000"):
         sources.from_zip(path)
     # One that lies about its size gives no more than it declares, and is found out.
-    path = zip_of(tmp_path / "b.zip", {"a.png": bytes(5_000_000)})
+    path = zip_of(tmp_path / "b.zip", {"a.png": bytes(50_000_000)})
     forge(path, 24, 9_000)
+    tracemalloc.start()
     with pytest.raises(GenkitError, match=r"a\.png cannot be decoded"):
         sources.from_zip(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
     path = zip_of(tmp_path / "c.zip", {"a.png": png(pixels_of(1)[0])}, zipfile.ZIP_BZIP2)
     with pytest.raises(GenkitError, match="a method other than stored or deflated"):
         sources.from_zip(path)
@@ -483,6 +488,17 @@ def test_compressed_arrays_have_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_UNPACKED", 1000)
     with pytest.raises(GenkitError, match=r"arr_0 would unpack to .* save it uncompressed"):
         sources.from_npz(tmp_path / "a.npz").read(0, 1)
+
+
+def test_arrays_that_would_reach_beyond_their_file_are_refused(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, arr_0=np.zeros((10, 8, 8, 1), np.uint8))
+    size = 128 + 99 * 64
+    forge(path, 20, size)  # packed
+    forge(path, 24, size)  # unpacked
+    path.write_bytes(path.read_bytes().replace(b"(10, 8, 8, 1)", b"(99, 8, 8, 1)"))
+    with pytest.raises(GenkitError, match="cannot be read as npz"):
+        sources.from_npz(path).read(0, 99)
 
 
 def test_what_nobody_can_find_is_told_with_all_forms(tmp_path):

@@ -21,7 +21,9 @@ from genkit.nn.layout import dense_layout
 from genkit.rng import Rng
 from genkit.samplers.masked import Masked
 
-NUM_STEPS = 4
+# More steps, the surest ids first, make what is filled in agree with itself, but each id no likelier: at 20 % loss of small images 4 steps are 0.1 to
+# 0.3 dB worse.
+NUM_STEPS = 1
 
 
 class _Likeliest(Rng):
@@ -35,7 +37,7 @@ class _Likeliest(Rng):
 
 
 def by_generator(pipeline: Any, ids: Tensor, num_steps: int = NUM_STEPS) -> Tensor:
-    """ids [B, Q, *grid] int64 with -1 where lost -> without a hole: the generator's most probable ids, the surest first.
+    """ids [B, Q, *grid] int64 with -1 where lost -> without a hole: the generator's most probable ids; with several steps the surest first.
 
     Args:
         pipeline: of a masked generator of the same tokens; asked without a class.

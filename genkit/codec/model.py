@@ -2,8 +2,8 @@
 
 Encoder and decoder must compute the same intervals to the last bit, while a network's output differs in the last digits between machines,
 thread counts and batch sizes. So every image goes through the network alone, in float64 on one CPU thread, and logits are rounded to a 16th of an
-octave before they become weights. That rounding hides differences up to a point: between unlike machines about one image in a million may meet a
-logit that rounds both ways. Then the coder does not end where it should, and the error says so.
+octave before they become weights. That rounding hides differences up to a point: between unlike machines a logit may, very rarely, round both ways. Then the coder does
+not end where it should, and the error says so.
 """
 
 from __future__ import annotations
