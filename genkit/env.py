@@ -29,7 +29,7 @@ def collect() -> dict[str, Any]:
     """Versions, device, threads, memory, optional packages, weights, kernels and cache folders, as plain data."""
     import torch
 
-    from genkit.metrics import features
+    from genkit import weights
 
     cuda = torch.cuda.is_available()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
@@ -49,11 +49,11 @@ def collect() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "weights": [
             str(path)
-            for folder in (_HERE / "metrics" / "weights", features.weights_folder())
+            for folder in (_HERE / "metrics" / "weights", weights.weights_folder())
             for path in _weights(folder)
         ],
         "kernels": _kernels(),
-        "cache": str(features.weights_folder().parent),
+        "cache": str(weights.weights_folder().parent),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 

@@ -96,7 +96,7 @@ def evaluate(
     measured = [registry.build("metrics", spec) for spec in specs]
     _share(measured)
 
-    compared, missed = _feed_references(measured, unasked, subject.data, rank, world, batch_size, place)
+    compared, missed, notes = _feed_references(measured, unasked, subject.data, rank, world, batch_size, place)
     specs, measured = ([x for i, x in enumerate(xs) if i not in missed] for xs in (specs, measured))
     settings = {
         "target": str(target) if isinstance(target, str | Path) else type(target).__name__,
@@ -130,7 +130,10 @@ def evaluate(
             partial.save(measured, stop - first)
         seconds = time.perf_counter() - measuring
         sum_over_processes(measured, world, place)
+        if world > 1:
+            subject.gather()
         report = _report(subject, plan, measured, compared, total)
+        report.notes += [f"reference: {note}" for note in notes]
         if rank == 0 and out is not None:
             report.notes += _pictures(subject, measured, out)
     report.settings = settings | {
@@ -231,13 +234,15 @@ def _feed_references(
     world: int,
     batch_size: int,
     place: torch.device,
-) -> tuple[dict[str, str], set[int]]:
+) -> tuple[dict[str, str], set[int], list[str]]:
     """Give every metric that has a reference its real side, each set of images read at most once.
 
-    Returns: word -> what it was, with count and hash; and the numbers of unasked metrics that the reference has nothing for.
+    Returns: word -> what it was, with count and hash; the numbers of unasked metrics that the reference has nothing for; and what had to
+        be converted or left out.
     """
     compared: dict[str, str] = {}
     missed: set[int] = set()
+    notes: list[str] = []
     for word in dict.fromkeys(metric.reference for metric in measured if hasattr(metric, "reference")):
         left = {i: metric for i, metric in enumerate(measured) if getattr(metric, "reference", None) == word}
         if Path(word).suffix.lower() == ".npz":
@@ -259,7 +264,8 @@ def _feed_references(
             compared[word] = real.about
         if left and real is not None:
             _feed_real(list(left.values()), real, rank, world, batch_size, place)
-    return compared, missed
+            notes += real.notes
+    return compared, missed, notes
 
 
 def _take(metric: Any, file: references.Reference, rank: int) -> bool:
@@ -293,6 +299,8 @@ def _feed_real(
             for metric in todo:
                 metric.update(real=batch, number=torch.arange(start, stop), total=real.count)
             progress.advance(stop - start)
+    if world > 1:
+        real.gather()
     if may_keep:
         for metric in todo:
             known.save(metric.real.state(), **_key(metric, real, place))
@@ -329,7 +337,8 @@ def _report(
             if ": " in name:
                 report.details[name] = value
                 continue
-            shown = name.replace("FID", "FID-quick", 1) if few and name in ("FID", "sFID", "clean-FID") else name
+            is_fid = name.partition(" (")[0] in ("FID", "sFID", "clean-FID", "FID-infinity")
+            shown = name.replace("FID", "FID-quick", 1) if few and is_fid else name
             protocol = ", ".join([comparable, *subject.about()])
             row = {"metric": shown, "value": value, "better": better, "comparable": comparable, "protocol": protocol}
             report.rows.append(row)

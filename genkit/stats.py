@@ -15,6 +15,7 @@ from genkit.metrics.rows import FeatureRows
 from genkit.metrics.statistics import FeatureSums
 from genkit.partial import sum_over_processes
 from genkit.subjects import suitable_net
+from genkit.weights import file_sha256
 
 
 def stats(
@@ -98,7 +99,7 @@ def stats(
     if rank == 0:
         moments = {layer: collection.moments(net.sha256, net.protocol, source) for layer, collection in sums.items()}
         references.write(target, format, moments, features=rows.rows() if format == "genkit" else None, images=images)
-        found["sha"] = nets.file_sha256(target)
+        found["sha"] = file_sha256(target)
     if world > 1:
         shared = [found]
         torch.distributed.broadcast_object_list(shared, device=place if place.type == "cuda" else None)

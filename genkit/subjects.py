@@ -34,6 +34,7 @@ class Subject:
         reference: what metrics that compare sets use unless told otherwise.
         metrics: what is measured unless something else is asked for.
         notes: what a reader must know, complete once every image has been read.
+        gather: under torch.distributed, makes about and notes those of all processes; all must call it.
         identity: hashes and counters for the record.
         record: where the report belongs; None = nowhere unless asked.
     """
@@ -49,6 +50,7 @@ class Subject:
     labels: str = ""
     modules: list[torch.nn.Module] = field(default_factory=list)
     notes: Callable[[], list[str]] = list
+    gather: Callable[[], None] = lambda: None
     identity: dict[str, Any] = field(default_factory=dict)
     record: Path | None = None
 
@@ -222,7 +224,8 @@ def _of_tokenizer(pipe: Any, config: dict[str, Any], weights: str | None) -> Sub
         metrics,
         reference=split,
         modules=modules,
-        notes=lambda: [*notes, *_judge_notes(data)],
+        notes=lambda: [*notes, *images.notes, *_judge_notes(data)],
+        gather=images.gather,
         identity=_place(pipe) | {"weights_sha256": sha},
     )
 
@@ -245,6 +248,7 @@ def _of_images(images: sources.Images, weights: str | None) -> Subject:
         None,
         metrics,
         notes=lambda: list(images.notes),
+        gather=images.gather,
     )
 
 

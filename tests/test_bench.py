@@ -1,4 +1,4 @@
-"""The benchmark harness, and that both sides of its VQ suite do the same."""
+"""The benchmark harness, and that both sides of its tokenizer suite do the same."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_wrong_use_is_told_in_one_line(suite: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture(scope="module")
-def vq() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_vq", SUITES / "vq.py")
+def tokenizers() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmarks_tokenizers", SUITES / "tokenizers.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -95,10 +95,10 @@ def vq() -> ModuleType:
 
 @pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("shape", [(1, 96, 16), (2, 16, 6, 5)])
-def test_both_sides_of_the_vq_suite_do_the_same(vq: ModuleType, shape: tuple[int, ...], cosine: bool) -> None:
+def test_both_sides_of_vq_do_the_same(tokenizers: ModuleType, shape: tuple[int, ...], cosine: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape, requires_grad=True)
-    ours, peer = vq.sides(x, 40, cosine=cosine)
+    ours, peer = tokenizers.sides(x, 40, cosine=cosine)
     if isinstance(peer, str):
         pytest.skip(peer)
     for _ in range(3):

@@ -8,6 +8,7 @@ import torch
 from genkit.errors import GenkitError, UsageError
 from genkit.metrics import features, inception
 from genkit.metrics.statistics import FeatureSums, frechet_distance
+from genkit.weights import file_sha256
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,7 @@ def test_a_named_file_of_another_net_is_not_taken_for_this_one(tmp_path, monkeyp
 def test_other_weights_are_marked_where_they_are_given_and_refused_where_they_lie_about(weights, net, monkeypatch):
     assert not net.is_published
     assert net.protocol == "inception-2015 (other weights)"
-    assert net.sha256 == features.file_sha256(weights)
+    assert net.sha256 == file_sha256(weights)
     monkeypatch.setenv("GENKIT_WEIGHTS", str(weights))
     with pytest.raises(GenkitError, match=r"is not the inception-2015 weights: its sha256 is .* expected 6726825d"):
         features.load("inception-2015")
@@ -228,7 +229,7 @@ def test_other_weights_are_marked_where_they_are_given_and_refused_where_they_li
 
 def test_published_weights_are_known_by_their_hash(weights, monkeypatch):
     line = features.NETS["inception-2015"]
-    published = replace(line, weights=replace(line.weights, sha256=features.file_sha256(weights)))
+    published = replace(line, weights=replace(line.weights, sha256=file_sha256(weights)))
     monkeypatch.setitem(features.NETS, "inception-2015", published)
     monkeypatch.setenv("GENKIT_WEIGHTS", str(weights.parent))
     features._load.cache_clear()

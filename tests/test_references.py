@@ -21,11 +21,12 @@ from genkit import stats as making
 from genkit.data.fashion import Fashion
 from genkit.errors import GenkitError, UsageError
 from genkit.evaluation import evaluate
-from genkit.metrics import features, known, references, sources
+from genkit.metrics import arrays, features, known, references, sources
 from genkit.metrics.frechet import Frechet
 from genkit.metrics.rows import FeatureRows
 from genkit.metrics.statistics import FeatureSums, Moments, covariance_root, frechet_distance
 from genkit.stats import stats
+from genkit.weights import file_sha256
 
 DIM = 6
 RNG = np.random.default_rng(0)
@@ -64,7 +65,7 @@ def test_layouts_of_other_tools_are_told_by_their_keys(tmp_path, layout, arrays,
     save(tmp_path / "ref.npz", **arrays)
     found = references.read(tmp_path / "ref.npz")
     assert (found.layout, found.name, found.net_sha256, found.features) == (layout, "ref.npz", "", None)
-    assert found.sha == features.file_sha256(tmp_path / "ref.npz")
+    assert found.sha == file_sha256(tmp_path / "ref.npz")
     assert found.count == (5 if layout == "images" else 0)
     if layout != "images":
         tolerance = 1e-6 if arrays.get("mu", MU).dtype == np.float32 else 1e-15
@@ -120,7 +121,7 @@ def test_what_is_written_is_read_again_here_and_by_plain_numpy(tmp_path, format)
 
 def test_features_are_mapped_from_the_file(tmp_path):
     references.write(tmp_path / "ref.npz", "genkit", {"pool": moments()}, features=torch.from_numpy(ROWS))
-    mapped = sources.Npz(tmp_path / "ref.npz").map("features", "c")
+    mapped = arrays.Npz(tmp_path / "ref.npz").map("features", "c")
     assert isinstance(mapped, np.memmap)
     assert mapped.offset % 64 == 0
 
@@ -334,7 +335,7 @@ def test_statistics_of_a_folder_serve_as_reference_for_every_metric(tmp_path):
     found = stats(folder, tmp_path / "ref.npz", batch_size=17)
     assert found["images"] == 60
     assert (found["out"], found["format"], found["net"]) == (str(tmp_path / "ref.npz"), "genkit", "fashion-cnn-v1")
-    assert found["sha"] == features.file_sha256(tmp_path / "ref.npz")
+    assert found["sha"] == file_sha256(tmp_path / "ref.npz")
     reference = references.read(tmp_path / "ref.npz")
     assert reference.source == f"folder images sha {sources.from_folder(folder).sha[:8]}"
     assert reference.features.shape == (60, 128)

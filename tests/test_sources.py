@@ -20,7 +20,7 @@ from PIL import Image
 from genkit.data.folder import Folder
 from genkit.data.memory import to_float
 from genkit.errors import GenkitError, UsageError
-from genkit.metrics import features, sources
+from genkit.metrics import arrays, features, sources
 from genkit.metrics.statistics import FeatureSums
 
 SIDE = 28
@@ -125,7 +125,7 @@ def test_npz_that_is_not_compressed_is_mapped_and_never_loaded_whole(tmp_path):
     pixels = pixels_of(9, 3)
     np.savez(tmp_path / "a.npz", arr_0=pixels)
     np.savez_compressed(tmp_path / "b.npz", arr_0=pixels)
-    stored, packed = (sources.Npz(tmp_path / name).map("arr_0") for name in ("a.npz", "b.npz"))
+    stored, packed = (arrays.Npz(tmp_path / name).map("arr_0") for name in ("a.npz", "b.npz"))
     assert isinstance(stored, np.memmap)
     assert not isinstance(packed, np.memmap)
     assert np.array_equal(stored, packed)
@@ -485,7 +485,7 @@ def test_encrypted_and_damaged_members_are_named(tmp_path):
 
 def test_compressed_arrays_have_a_limit(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((10, 64, 64, 1), np.uint8))
-    monkeypatch.setattr(sources, "MAX_UNPACKED", 1000)
+    monkeypatch.setattr(arrays, "MAX_UNPACKED", 1000)
     with pytest.raises(GenkitError, match=r"arr_0 would unpack to .* save it uncompressed"):
         sources.from_npz(tmp_path / "a.npz").read(0, 1)
 

@@ -22,7 +22,7 @@ from genkit import files
 from genkit.data.loader import read_all
 from genkit.errors import GenkitError, UsageError
 from genkit.interfaces import Dataset, Tokenizer
-from genkit.nn.codebook import usage
+from genkit.nn.usage import usage
 
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
 

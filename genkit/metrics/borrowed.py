@@ -15,7 +15,8 @@ from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 from genkit import optional
 from genkit.metrics.inception import resize_tf1, to_pixels
-from genkit.nn.lpips import WeightsFile, read_state, vgg16_features
+from genkit.nn.lpips import vgg16_features
+from genkit.weights import WeightsFile, read_state
 
 SIZE = 224
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of pixels in [0, 1]

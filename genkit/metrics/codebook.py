@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from genkit.errors import UsageError
-from genkit.nn.codebook import usage
+from genkit.nn.usage import usage
 
 
 def codebook_statistics(histogram: Tensor) -> dict[str, float]:

@@ -20,9 +20,7 @@ from genkit.errors import GenkitError, UsageError, nearest
 from genkit.images import to_uint8
 from genkit.metrics import borrowed, emoji_net, fashion_net, inception
 from genkit.nn import lpips
-from genkit.nn.lpips import WeightsFile, file_sha256, read_state, weights_folder
-
-__all__ = ["NAMES", "FeatureNet", "ImageBatch", "as_batch", "file_sha256", "load", "locate", "weights_folder"]
+from genkit.weights import WeightsFile, read_state
 
 _GPU_CHUNKS = 8  # a GPU takes this many times the images a CPU's caches like
 

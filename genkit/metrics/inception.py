@@ -17,7 +17,7 @@ from torch.nn.functional import avg_pool2d, interpolate, max_pool2d, relu
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from genkit.errors import UsageError
-from genkit.nn.lpips import WeightsFile, read_state
+from genkit.weights import WeightsFile, read_state
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS = WeightsFile(

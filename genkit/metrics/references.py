@@ -18,9 +18,10 @@ from torch import Tensor
 
 from genkit.errors import GenkitError, UsageError
 from genkit.images import to_uint8
-from genkit.metrics.features import file_sha256
-from genkit.metrics.sources import Images, Npz, from_npz
+from genkit.metrics.arrays import Npz
+from genkit.metrics.sources import Images, from_npz
 from genkit.metrics.statistics import Moments
+from genkit.weights import file_sha256
 
 if TYPE_CHECKING:
     from genkit.metrics.features import FeatureNet

@@ -6,15 +6,13 @@ import functools
 import hashlib
 import io
 import json
-import math
 import os
-import struct
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +22,9 @@ from genkit import registry
 from genkit.data.memory import to_float
 from genkit.errors import GenkitError, UsageError, nearest
 from genkit.interfaces import Dataset
+from genkit.metrics.arrays import Npz, check_packing, reason, shown
 
 MAX_MEMBER = 256 << 20  # bytes of one file in a zip, unpacked: far above any image, far below what fills a memory
-MAX_UNPACKED = (
-    8 << 30
-)  # bytes of one compressed array in an npz; one that is not compressed is mapped and may have any size
 _THREADS = min(8, os.cpu_count() or 1)
 _NAMED = 3  # files a note names
 
@@ -193,7 +189,7 @@ def from_zip(path: Path, class_names: tuple[str, ...] = ()) -> Images:
     except FileNotFoundError:
         raise GenkitError(f"no such file: {path}") from None
     except Exception as error:  # zipfile raises many unrelated types on broken bytes
-        raise GenkitError(f"{path} cannot be read as zip: {_reason(error)}") from None
+        raise GenkitError(f"{path} cannot be read as zip: {reason(error)}") from None
     members = {
         info.filename: info
         for info in archive.infolist()
@@ -212,7 +208,7 @@ def from_zip(path: Path, class_names: tuple[str, ...] = ()) -> Images:
     for name in [*every, *(name for name in _RECORDS if name in members)]:
         if members[name].file_size > MAX_MEMBER:
             raise GenkitError(
-                f"{path}: {_shown(name)} would unpack to {members[name].file_size:,} bytes, more than the {MAX_MEMBER:,} "
+                f"{path}: {shown(name)} would unpack to {members[name].file_size:,} bytes, more than the {MAX_MEMBER:,} "
                 "a file in a zip may have; nothing was unpacked"
             )
     return _Files(f"zip {path.name}", path, every, sorted(members.keys() - set(every)), fetch, class_names)
@@ -246,7 +242,7 @@ class _Files(Images):
         self.where = where
         self.files = [file for file in every if not file.rpartition("/")[2].startswith("grid")]
         if not self.files:
-            raise UsageError(f"{where} has no images besides {_shown(every[0])}")
+            raise UsageError(f"{where} has no images besides {shown(every[0])}")
         others = [file for file in others if file not in _RECORDS]
         self._left_out = []
         if len(self.files) < len(every):
@@ -303,7 +299,7 @@ class _Files(Images):
         pixels = self._decode(number)
         if pixels.shape != self.shape:
             raise GenkitError(
-                f"{self.where} mixes sizes: {_shown(self.files[0])} is {_by(self.shape)}, {_shown(self.files[number])} is {_by(pixels.shape)} "
+                f"{self.where} mixes sizes: {shown(self.files[0])} is {_by(self.shape)}, {shown(self.files[number])} is {_by(pixels.shape)} "
                 "(CxYxX); all must have the same: resize them first (`genkit data check FOLDER` lists the sizes)"
             )
         return pixels
@@ -320,8 +316,8 @@ class _Files(Images):
                 kinds = _conversions(image, self._channels)
                 pixels = prepare(image, None, self._channels)
         except Exception as error:  # decoders raise many unrelated types on broken bytes
-            file = _shown(str(self.where / self.files[number]))
-            raise GenkitError(f"{file} cannot be decoded: {_reason(error, data)}; repair or remove it") from None
+            file = shown(str(self.where / self.files[number]))
+            raise GenkitError(f"{file} cannot be decoded: {reason(error, data)}; repair or remove it") from None
         if kinds:
             self.converted[number] = tuple(kinds)
         return pixels
@@ -356,8 +352,8 @@ class _Files(Images):
             try:
                 self._bytes(number)
             except Exception as error:
-                file = _shown(str(self.where / self.files[number]))
-                raise GenkitError(f"{file} cannot be read: {_reason(error)}") from None
+                file = shown(str(self.where / self.files[number]))
+                raise GenkitError(f"{file} cannot be read: {reason(error)}") from None
 
         with ThreadPoolExecutor(_THREADS) as pool:
             for _ in pool.map(visit, np.flatnonzero(~self._hashed).tolist()):
@@ -418,9 +414,9 @@ def _labels(
         except FileNotFoundError:
             continue
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise GenkitError(f"{where / record} {form} ({_reason(error)}); repair or remove it") from None
+            raise GenkitError(f"{where / record} {form} ({reason(error)}); repair or remove it") from None
         except Exception as error:  # of the zip it lies in
-            raise GenkitError(f"{where / record} cannot be read: {_reason(error)}; repair or remove it") from None
+            raise GenkitError(f"{where / record} cannot be read: {reason(error)}; repair or remove it") from None
         return [by_file.get(file, -1) for file in files]
     by_name = {name.lower(): i for i, name in enumerate(class_names)}
     tops = [file.partition("/")[0] if "/" in file else "" for file in files]
@@ -443,15 +439,9 @@ def _number(label: Any) -> int:
 
 def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     """The bytes of a member. Of what a forged header hides, no more than the declared size is ever unpacked."""
-    _check_packing(info)
+    check_packing(info)
     with archive.open(info) as member:
         return member.read(info.file_size)
-
-
-def _check_packing(info: zipfile.ZipInfo) -> None:
-    # The other methods cannot be unpacked piece by piece, so that their size is only known when the memory is full.
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError("it is packed with a method other than stored or deflated")
 
 
 # Arrays in an npz
@@ -516,99 +506,6 @@ class _Pixels(Images):
         return digest.hexdigest()
 
 
-class Header(NamedTuple):
-    """What an npz says of an array."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    is_fortran: bool
-    length: int  # bytes in front of the values
-
-
-class Npz:
-    """The arrays of an npz: their shapes and types at once, their values when asked for. Nothing is ever unpickled.
-
-    Raises: GenkitError for a file that is none, is damaged, or holds pickled objects.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._members: dict[str, zipfile.ZipInfo] = {}
-        self.headers: dict[str, Header] = {}
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                for info in archive.infolist():
-                    if info.filename.endswith(".npy"):
-                        self._members[info.filename[:-4]] = info
-                        self.headers[info.filename[:-4]] = _header(archive, info)
-        except FileNotFoundError:
-            raise GenkitError(f"no such file: {self.path}") from None
-        except Exception as error:  # zipfile and numpy raise many unrelated types on broken bytes
-            raise self._unreadable(error) from None
-
-    @property
-    def found(self) -> str:
-        """Keys, types and shapes, for messages."""
-        listed = [f"{_shown(key)} {header.dtype} {list(header.shape)}" for key, header in self.headers.items()]
-        return ", ".join(listed) or "nothing"
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.headers
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        """Read an array."""
-        info = self._members[key]
-        try:
-            if info.compress_type != zipfile.ZIP_STORED and info.file_size > MAX_UNPACKED:
-                raise ValueError(
-                    f"{key} would unpack to {info.file_size:,} bytes, more than {MAX_UNPACKED:,}; save it uncompressed"
-                )
-            with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
-                return np.lib.format.read_array(member, allow_pickle=False)
-        except Exception as error:
-            raise self._unreadable(error) from None
-
-    def map(self, key: str, mode: Literal["r", "c"] = "r") -> np.ndarray:
-        """An array whose values stay on disk until they are touched; one that is compressed is read.
-
-        Args:
-            mode: "r" = it cannot be written to, "c" = what is written stays in memory.
-        """
-        info, header = self._members[key], self.headers[key]
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(info.header_offset + 26)  # the lengths of two fields of the local header, which has 30 bytes
-                start = info.header_offset + 30 + sum(struct.unpack("<2H", file.read(4))) + header.length
-                end = file.seek(0, os.SEEK_END)
-        except (OSError, struct.error) as error:
-            raise self._unreadable(error) from None
-        size = math.prod(header.shape) * header.dtype.itemsize
-        if info.compress_type != zipfile.ZIP_STORED or not size or start % header.dtype.itemsize or start + size > end:
-            return self[key]
-        return np.memmap(self.path, header.dtype, mode, start, header.shape, "F" if header.is_fortran else "C")
-
-    def _unreadable(self, error: Exception) -> GenkitError:
-        reason = "it holds pickled objects, which are never loaded" if "pickle" in str(error) else _reason(error)
-        return GenkitError(f"{self.path} cannot be read as npz: {reason}; save plain arrays with numpy.savez")
-
-
-def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Header:
-    _check_packing(info)
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-        if read is None:
-            raise ValueError(f"{info.filename} has format {version}, which holds no plain numbers")
-        shape, is_fortran, dtype = read(member)
-        length = member.tell()
-    if dtype.hasobject:
-        raise ValueError("it holds pickled objects")
-    size = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or length + size != info.file_size:
-        raise ValueError(f"{info.filename} has {info.file_size - length:,} bytes of values where {size:,} should be")
-    return Header(shape, dtype, is_fortran, length)
-
-
 # What people name
 
 
@@ -654,20 +551,5 @@ def _by(shape: tuple[int, ...]) -> str:
 
 def _some(files: list[str]) -> str:
     """ "5 (a.txt, b.txt, c.txt, ...)" """
-    named = ", ".join(_shown(file) for file in files[:_NAMED])
+    named = ", ".join(shown(file) for file in files[:_NAMED])
     return f"{len(files)} ({named}{', ...' if len(files) > _NAMED else ''})"
-
-
-def _shown(name: str) -> str:
-    """A file's name on one line."""
-    return name if name.isprintable() else ascii(name)
-
-
-def _reason(error: Exception, data: bytes = b"?") -> str:
-    """Why something could not be read, on one line."""
-    if not data:
-        return "empty file"
-    text = " ".join(str(error).split())
-    if "cannot identify image file" in text:
-        return "its format is not known"
-    return text or type(error).__name__

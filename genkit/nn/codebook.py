@@ -20,10 +20,8 @@ from torch.nn import functional as F
 from genkit.errors import UsageError
 from genkit.kernels.nearest_code.chunked import nearest_code
 from genkit.nn.global_rows import count_rows, is_distributed, take_rows
-from genkit.nn.usage import Usage, usage
+from genkit.nn.usage import Usage
 from genkit.rng import Rng
-
-__all__ = ["Codebook", "Update", "normalise", "usage"]
 
 Update = Literal["ema", "gradient"]
 

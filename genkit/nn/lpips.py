@@ -1,14 +1,8 @@
-"""LPIPS: how different two images look, by the features of VGG16 (Zhang et al. 2018, arXiv:1801.03924; version 0.1, linear heads).
-
-Where published weights are found is here too, because this is the lowest layer that loads any.
-"""
+"""LPIPS: how different two images look, by the features of VGG16 (Zhang et al. 2018, arXiv:1801.03924; version 0.1, linear heads)."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,65 +10,13 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from genkit.errors import GenkitError, UsageError
+from genkit.weights import WeightsFile, read_state
 
 # Channels of VGG16's convolutions (Simonyan and Zisserman 2015, configuration D); 0 = maximum over 2x2.
 _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 _TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # layer of `features` -> channels: relu1_2, 2_2, 3_3, 4_3, 5_3
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's mean and deviation, for pixels in [-1, 1]
 _LEAST = 16  # pixels: smaller images do not reach the last layer
-
-
-@dataclass(frozen=True)
-class WeightsFile:
-    """A published file of weights. Never downloaded: looked for, and its hash is checked.
-
-    Attributes:
-        of: what it holds the weights of, for messages.
-        name: of the file.
-        url: where it can be had.
-        sha256: 64 hex digits.
-    """
-
-    of: str
-    name: str
-    url: str
-    sha256: str
-
-    def locate(self, given: str | None = None) -> Path:
-        """The file itself.
-
-        Args:
-            given: a file of any name, or a folder that holds it; else $GENKIT_WEIGHTS (the same), else the cache folder.
-
-        Raises: GenkitError naming where it can be had and where it belongs.
-        """
-        if given is not None:
-            path = Path(given) / self.name if Path(given).is_dir() else Path(given)
-            if not path.is_file():
-                raise GenkitError(f"weights of {self.of}: no such file: {path}")
-            return path
-        named = Path(os.environ.get("GENKIT_WEIGHTS") or os.devnull)
-        target = weights_folder() / self.name
-        # A file that is named may be another net's: there is one variable for all of them.
-        if named.is_file() and (named.name == self.name or file_sha256(named) == self.sha256):
-            return named
-        for path in (named / self.name, target):
-            if path.is_file():
-                return path
-        raise GenkitError(
-            f"the weights of {self.of} are not here and are never downloaded silently: put {self.url} (sha256 {self.sha256}) "
-            f"at {target}, or name the file with --weights or GENKIT_WEIGHTS"
-        )
-
-    def check(self, path: Path, given: str | None = None) -> str:
-        """The file's sha256. Raises GenkitError when it is not the published one, unless the file was given explicitly."""
-        found = file_sha256(path)
-        if given is None and found != self.sha256:
-            hint = f"; get {self.url} again, or name other weights with --weights" if self.url else ""
-            raise GenkitError(
-                f"{path} is not the {self.of} weights: its sha256 is {found[:16]}..., expected {self.sha256[:16]}...{hint}"
-            )
-        return found
 
 
 TRUNK = WeightsFile(
@@ -223,30 +165,3 @@ def _trunk(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
     named = ((re.fullmatch(r"lin(\d)\.model\.1\.weight", name), value) for name, value in state.items())
     return {f"heads.{match[1]}": value.flatten() for match, value in named if match}
-
-
-def read_state(path: Path, of: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors or torch file, on the CPU. Raises GenkitError for anything else; nothing but tensors is unpickled."""
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # readers raise many unrelated types on broken bytes
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise GenkitError(f"{path} cannot be read as weights of {of}: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise GenkitError(f"{path} cannot be read as weights of {of}: it is not a dictionary of tensors")
-    return state
-
-
-def weights_folder() -> Path:
-    """Where weights are kept: $GENKIT_CACHE/weights, else ~/.cache/genkit/weights."""
-    return Path(os.environ.get("GENKIT_CACHE") or Path.home() / ".cache" / "genkit") / "weights"
-
-
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file, hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
