@@ -8,21 +8,20 @@ from typing import Any
 
 from genkit import config as configs
 from genkit import registry
-from genkit.checkpoint import find_run
 from genkit.errors import UsageError
 
 
 def tokenizer_of(config: Mapping[str, Any], device: Any = "cpu") -> tuple[Any, str]:
     """The trained tokenizer a generator's config names, and the fingerprint of its weights."""
-    from genkit.coding import tokenizer_fingerprint
     from genkit.pipeline import open_run
+    from genkit.weights import module_sha256
 
     source = config["tokenizer"]["from"]
     try:
         pipeline = open_run(source, device=device)
     except UsageError as error:
         raise UsageError(f"tokenizer.from={source}: {error}") from None
-    return pipeline.tokenizer, tokenizer_fingerprint(pipeline.tokenizer)
+    return pipeline.tokenizer, module_sha256(pipeline.tokenizer)
 
 
 def token_dataset(config: Mapping[str, Any], tokenizer: Any, fingerprint: str, root: Path, device: Any = "cpu") -> Any:
@@ -63,7 +62,6 @@ def cache(
         raise UsageError(
             f"{resolved.file} trains a tokenizer; caching needs the recipe of a generator (with a section `backbone`)"
         )
-    find_run(resolved["tokenizer"]["from"])
     tokenizer, fingerprint = tokenizer_of(resolved, device or "cpu")
     tokens = token_dataset(resolved, tokenizer, fingerprint, Path(out), device or "cpu")
     figures = {

@@ -1,12 +1,12 @@
 """Images <-> a file of coded token ids: what `genkit encode` and `genkit decode` do.
 
-Only the tokenizer that wrote the ids can read them, so the file names it by a fingerprint. The format is genkit.codec.container; a name that ends
+Only the tokenizer that wrote the ids can read them, so the file names it by a fingerprint: the hash of its weights. Its config is left out on purpose: it
+gains keys as options are added, and files must stay readable. The format is genkit.codec.container; a name that ends
 in .npz gives plain arrays instead (genkit.codec.npz).
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,21 +26,9 @@ from genkit.console import Progress
 from genkit.data.folder import scan
 from genkit.data.memory import to_float
 from genkit.errors import GenkitError, UsageError, nearest
+from genkit.weights import module_sha256
 
 PRIORS = ("auto", "uniform", "static", "adaptive")  # words; anything else is the run of a generator
-
-
-def tokenizer_fingerprint(tokenizer: torch.nn.Module) -> str:
-    """sha256 over names, types, shapes and bytes of the weights, in hex.
-
-    The config is left out on purpose: it gains keys as options are added, and files must stay readable. Weights alone tell tokenizers apart.
-    """
-    found = hashlib.sha256()
-    for name, value in sorted(tokenizer.state_dict().items()):
-        data = value.detach().cpu().contiguous()
-        found.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
-        found.update(data.reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 @dataclass
@@ -105,7 +93,7 @@ def encode(
     tokenizer = pipeline.tokenizer
     if not tokenizer.num_levels:
         raise UsageError(f"the tokenizer of {run} makes continuous latents; encode needs one that makes ids (vq, ...)")
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    fingerprint = module_sha256(tokenizer)
     clusters = b""
     if codes is not None:
         tokenizer = rate.coarser(tokenizer, codes)
@@ -193,7 +181,7 @@ def decode(
         raise UsageError(f"--lose {lose} must be in [0, 1]")
     stored = read_codes(codes)
     pipeline = open_run(run, ema=ema, device=device)
-    tokenizer, fingerprint = pipeline.tokenizer, tokenizer_fingerprint(pipeline.tokenizer)
+    tokenizer, fingerprint = pipeline.tokenizer, module_sha256(pipeline.tokenizer)
     if isinstance(stored, container.File):
         wanted = _wanted(stored.header.names, only, codes)
         tokenizer = _check_tokenizer(stored, tokenizer, fingerprint, run)
@@ -350,7 +338,7 @@ def _generator(run: str, fingerprint: str, option: str, ema: bool, device: str |
     if not hasattr(pipeline, "backbone"):
         words = f"; words: {', '.join(PRIORS)}" if option == "--prior" else ""
         raise UsageError(f"{option} {run}: that is a tokenizer's run, a masked generator's is needed{words}")
-    own = tokenizer_fingerprint(pipeline.tokenizer)
+    own = module_sha256(pipeline.tokenizer)
     if own != fingerprint:
         raise UsageError(
             f"{option} {run}: that generator makes tokens of tokenizer {own[:16]}, the codes are of {fingerprint[:16]}"
@@ -366,7 +354,7 @@ def _model(run: str, fingerprint: str, codes: int | None, ema: bool, **options: 
     if not Path(run).exists():
         raise UsageError(f"--prior {run}: no such run, and no word for a prior; {nearest(run, PRIORS)}")
     pipeline = _generator(run, fingerprint, "--prior", ema, "cpu")
-    return Model(pipeline, bytes.fromhex(tokenizer_fingerprint(pipeline.backbone))[:8], **options)
+    return Model(pipeline, bytes.fromhex(module_sha256(pipeline.backbone))[:8], **options)
 
 
 def _filled(

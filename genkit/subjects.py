@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from genkit import registry
@@ -17,6 +16,7 @@ from genkit.metrics import emoji_net, fashion_net, sources
 from genkit.metrics.features import locate
 from genkit.metrics.protocols import Labels
 from genkit.rng import Rng, sample_seeds
+from genkit.weights import module_sha256
 
 
 @dataclass
@@ -283,12 +283,5 @@ def _weights_word(pipe: Any) -> str:
 
 
 def _sha(modules: list[torch.nn.Module]) -> str:
-    """sha256 over the names and bytes of every weight: two evaluations with the same hash looked at the same model."""
-    digest = hashlib.sha256()
-    for number, module in enumerate(modules):
-        for name, value in sorted(module.state_dict().items()):
-            digest.update(f"{number}.{name} {value.dtype} {list(value.shape)}".encode())
-            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8) if value.numel() else None
-            if raw is not None:
-                digest.update(np.ascontiguousarray(raw.numpy()).data)
-    return digest.hexdigest()
+    """Hash of all of them: two evaluations with the same one looked at the same model."""
+    return hashlib.sha256("".join(map(module_sha256, modules)).encode()).hexdigest()

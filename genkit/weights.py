@@ -1,4 +1,4 @@
-"""Published weights: where they are looked for, how they are known to be the right ones, how they are read. Nothing is downloaded."""
+"""Weights: by what hash they are known, where published ones are looked for, how they are read. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genkit.errors import GenkitError
 
@@ -91,3 +91,13 @@ def file_sha256(path: str | Path) -> str:
     """sha256 of a file, hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def module_sha256(module: nn.Module) -> str:
+    """sha256 over names, types, shapes and bytes of a module's weights, hex: the same hash, the same model."""
+    found = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        data = value.detach().cpu().contiguous()
+        found.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
+        found.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
