@@ -71,7 +71,8 @@ def evaluate(
         steps, guidance: instead of the sampler's own.
         ema: averaged weights where the target is a path and has some.
         device: by default a path is evaluated on the GPU where there is one, a pipeline object where it is.
-        out: file for the report as JSON; of a run directory by default eval/STEP.json in it.
+        out: file for the report as JSON; of a run directory by default eval/STEP.json in it, or eval/STEP-PROTOCOL-COUNT.json where protocol,
+            metrics, reference or count are not the run's own.
 
     Raises: UsageError or GenkitError, one line each, for a target, reference or metric that cannot be used.
     """
@@ -113,7 +114,12 @@ def evaluate(
         "ema": ema,
         **subject.identity,
     }
-    out = Path(out) if out is not None else subject.record
+    if out is None and subject.record is not None:
+        # What is not the run's own evaluation has a name of its own, and leaves that one alone.
+        asked = protocol or "-".join(spec["type"] for spec in specs)
+        is_own = protocol is None and metrics is None and reference is None and count is None
+        out = subject.record if is_own else subject.record.with_stem(f"{subject.record.stem}-{asked}-{total}")
+    out = Path(out) if out is not None else None
     partial = Partial(out, settings, rank, world)
     first, last = total * rank // world, total * (rank + 1) // world
     done = partial.restore(measured)
@@ -364,7 +370,7 @@ def _pictures(subject: Subject, measured: list[Any], out: Path) -> list[str]:
         path = out.with_suffix(".nearest.png")
         rows = torch.cat([fakes, nearest])
         images.write_png(path, images.grid(rows, columns=len(pairs), row_names=("sample", "nearest real")))
-        notes.append(f"the {len(pairs)} samples closest to a real image, above it: {path}")
+        notes.append(f"the {len(pairs)} samples most like a real image, each above it: {path}")
     return notes
 
 

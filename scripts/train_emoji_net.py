@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
+from train_feature_net import packed  # beside this file
 
 from genkit.data.emoji import Emoji
 from genkit.files import write_bytes
@@ -93,12 +94,6 @@ def train(images: Tensor, labels: Tensor, test: tuple[Tensor, Tensor]) -> EmojiC
                 flush=True,
             )
     return net
-
-
-def packed(net: EmojiCNN) -> dict[str, Tensor]:
-    """The state as stored: matrices and kernels in half precision, norms and biases in full; step counters are left out."""
-    state = {name: value for name, value in net.state_dict().items() if value.is_floating_point()}
-    return {name: (value.half() if value.ndim > 1 else value).contiguous() for name, value in state.items()}
 
 
 def main() -> None:

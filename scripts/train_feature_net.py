@@ -95,7 +95,7 @@ def train(images: Tensor, labels: Tensor, test: tuple[Tensor, Tensor]) -> Fashio
     return net
 
 
-def packed(net: FashionCNN) -> dict[str, Tensor]:
+def packed(net: torch.nn.Module) -> dict[str, Tensor]:
     """The state as stored: matrices and kernels in half precision, norms and biases in full; step counters are left out."""
     state = {name: value for name, value in net.state_dict().items() if value.is_floating_point()}
     return {name: (value.half() if value.ndim > 1 else value).contiguous() for name, value in state.items()}

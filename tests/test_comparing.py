@@ -99,11 +99,11 @@ def test_evaluating_changes_nothing_of_the_training(runs, tmp_path):
 def test_steps_and_guidance_have_reports_of_their_own(runs, capsys):
     for steps in ("1", "3"):
         assert main(["eval", str(runs), "--steps", steps, "--metrics", "class_accuracy", "-n", "10", "-q"]) == 0
-    assert (runs / "eval" / "0000006-steps1.json").exists()
+    assert (runs / "eval" / "0000006-steps1-class_accuracy-10.json").exists()
     capsys.readouterr()
     assert main(["eval", "--compare", str(runs)]) == 0
     shown = capsys.readouterr().out
-    assert "masked/0000006-steps3" in shown
+    assert "masked/0000006-steps3-class_accuracy-10" in shown
     assert shown.count("[") >= 2  # ten samples are not put beside twenty
 
 

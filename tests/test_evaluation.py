@@ -204,7 +204,7 @@ def test_report_of_a_run_is_kept_in_it_by_step(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "open_run", lambda path, **options: asked.append((path, options["ema"])) or pipe)
     report = evaluate(tmp_path, count=20, metrics=["class_accuracy"], ema=False)
     assert asked == [(tmp_path, False)]
-    assert json.loads((tmp_path / "eval" / "0000005-raw.json").read_text()) == report.to_dict()
+    assert json.loads((tmp_path / "eval" / "0000005-raw-class_accuracy-20.json").read_text()) == report.to_dict()
 
 
 def images_of(path: Path, *sizes, mode="L"):
