@@ -15,6 +15,7 @@ from genkit import console, optional
 _PACKAGES = ("torch", "diffusers", "accelerate", "einops", "numpy", "pillow", "safetensors", "pydantic", "pyyaml")
 _VARIABLES = (
     "GENKIT_CACHE",
+    "GENKIT_CPU_SET",
     "GENKIT_DATA",
     "GENKIT_KERNEL",
     "GENKIT_WEIGHTS",
@@ -29,7 +30,7 @@ def collect() -> dict[str, Any]:
     """Versions, device, threads, memory, optional packages, weights, kernels and cache folders, as plain data."""
     import torch
 
-    from genkit import weights
+    from genkit import native, weights
 
     cuda = torch.cuda.is_available()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
@@ -53,6 +54,7 @@ def collect() -> dict[str, Any]:
             for path in _weights(folder)
         ],
         "kernels": _kernels(),
+        "cpu_set": native.instruction_set(),
         "cache": str(weights.weights_folder().parent),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
@@ -74,7 +76,11 @@ def render(found: dict[str, Any]) -> str:
         for name, version in found["optional"].items()
     ]
     rows += [("weights", path) for path in found["weights"]] or [("weights", "none")]
-    rows += [("kernel", f"{name}: {', '.join(paths)}") for name, paths in found["kernels"].items()]
+    rows += [("kernels", f"CPU libraries for {found['cpu_set']}")]
+    rows += [
+        (f"kernel {name}", "; ".join(path if state == "ready" else f"{path}: {state}" for path, state in table.items()))
+        for name, table in found["kernels"].items()
+    ]
     rows += [("cache", found["cache"])]
     rows += [("variable", f"{name}={value}") for name, value in found["variables"].items()]
     return console.table(rows)
@@ -112,7 +118,8 @@ def _weights(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", ".pt", ".pth"))
 
 
-def _kernels() -> dict[str, list[str]]:
-    """Operation -> the paths that exist for it."""
-    folders = sorted(path for path in (_HERE / "kernels").glob("*") if path.is_dir() and not path.name.startswith("_"))
-    return {folder.name: [path.stem for path in sorted(folder.glob("*.py"))] for folder in folders}
+def _kernels() -> dict[str, dict[str, str]]:
+    """Operation -> path -> "ready", or why it cannot run here."""
+    from genkit import dispatch
+
+    return {name: dispatch.Operation(name).table() for name in dispatch.operations()}

@@ -49,14 +49,25 @@ make_environment() {
   "$base" -m venv "$ROOT/.venv"
 }
 
-# What an up-to-date installation was made from: dependencies, entry points, and the checkout that `genkit` leads to.
-fingerprint() { "$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(open("pyproject.toml", "rb").read() + sys.argv[1].encode()).hexdigest())' "$ROOT"; }
+# What an up-to-date installation was made from: dependencies, entry points, compiled sources, and the checkout that `genkit` leads to.
+fingerprint() { { echo "$ROOT"; cat pyproject.toml setup.py genkit/kernels/*.h genkit/kernels/*/cpu.cpp; } | sha256sum | cut -d" " -f1; }
+
+# Without a compiler genkit installs and runs by plain torch; with one its CPU kernels are many times faster.
+ensure_compiler() {
+  if command -v "${CXX:-g++}" >/dev/null; then return; fi
+  if can_install; then
+    step "installing g++"
+    apt_install g++ && return
+  fi
+  step "no C++ compiler: the CPU kernels are left out, plain torch serves (install g++ and run this again to have them)"
+}
 
 install_genkit() {
   local extra="$1" log stamps wanted started line
   stamps="$("$PYTHON" -c 'import sys; print(sys.prefix)')"
   wanted="$(fingerprint)"
   if [ "$(cat "$stamps/genkit-installed-${extra:-core}" 2>/dev/null)" = "$wanted" ]; then return; fi
+  ensure_compiler
   started=$SECONDS
   log="$stamps/genkit-install.log"
   step "installing genkit${extra:+ with extra $extra} into $stamps (the first time this downloads torch)"

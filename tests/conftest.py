@@ -8,6 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where the kernels are tested")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without a GPU Triton's kernels run in its interpreter; that is decided when their files are imported, so here."""
+    os.environ["GENKIT_TEST_DEVICE"] = config.getoption("device")
+    if config.getoption("device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+# The same examples every time: a suite that is green or red by chance says nothing. HYPOTHESIS_PROFILE=search looks for new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("search")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line sets it
