@@ -7,7 +7,7 @@ Header, numbers as LEB128 unless a width is given: fingerprint of the tokenizer 
 crc32 of each chunk. A table, names and lengths are deflated. Payload: the lanes, one after another. Integers are little-endian.
 
 A chunk is a run of images of at most 2^18 ids and is checked as a whole when one of them is read; with packets every lane has a CRC-16 of its own
-instead, and a lane that is damaged or missing is `None`, not an error. Nothing is allocated on the word of a file alone: every length is held
+and its number instead, and a lane that is damaged, missing or another's is `None`, not an error (of random bytes one in 2^16 passes). Nothing is allocated on the word of a file alone: every length is held
 against the bytes that are there and against the limits below. Ids that say nothing take no bytes, so a file that would claim more than 2^11 ids
 a byte is filled up with zeros.
 """
@@ -111,7 +111,7 @@ class File:
         first, last = self._first_lane[number], self._first_lane[number + 1]
         pieces = [self._payload[a:b] for a, b in pairwise(self._bounds[first : last + 1])]
         if self.header.packets != "none":
-            return [_open_packet(piece) for piece in pieces]
+            return [_open_packet(i, piece) for i, piece in enumerate(pieces, first)]
         stretch = self._payload[self._bounds[first] : self._bounds[last]]
         if zlib.crc32(stretch) != self._checksums[number]:
             missing = self._bounds[last] - self._bounds[first] - len(stretch)
@@ -131,7 +131,11 @@ def write(header: Header, chunk_lanes: Sequence[Sequence[bytes]]) -> bytes:
         chunk_lanes: the lanes of each of header.chunks(), image after image, and packet after packet within.
     """
     if header.packets != "none":
-        chunk_lanes = [[_packet(lane) for lane in some] for some in chunk_lanes]
+        first = accumulate(map(len, chunk_lanes), initial=0)
+        chunk_lanes = [
+            [_packet(i, lane) for i, lane in enumerate(some, start)]
+            for start, some in zip(first, chunk_lanes, strict=False)
+        ]
     payload = [b"".join(some) for some in chunk_lanes]
     lengths = [len(lane) for some in chunk_lanes for lane in some]
     body = bytearray(header.fingerprint)
@@ -318,11 +322,15 @@ def _deflate(data: bytes) -> bytes:
     return _numbers(len(packed)) + packed
 
 
-def _packet(lane: bytes) -> bytes:
-    return binascii.crc_hqx(lane, 0xFFFF).to_bytes(2, "little") + lane
+def _packet(number: int, lane: bytes) -> bytes:
+    return _packet_crc(number, lane) + lane
 
 
-def _open_packet(piece: bytes) -> bytes | None:
+def _open_packet(number: int, piece: bytes) -> bytes | None:
     """What is in a packet, or None where it is not what was sent."""
-    is_whole = len(piece) >= 2 and piece[:2] == binascii.crc_hqx(piece[2:], 0xFFFF).to_bytes(2, "little")
-    return piece[2:] if is_whole else None
+    return piece[2:] if len(piece) >= 2 and piece[:2] == _packet_crc(number, piece[2:]) else None
+
+
+def _packet_crc(number: int, lane: bytes) -> bytes:
+    """Of a lane and its place in the file: bytes missing before it must not let it pass for its neighbour."""
+    return binascii.crc_hqx(lane, binascii.crc_hqx(number.to_bytes(4, "little"), 0xFFFF)).to_bytes(2, "little")
