@@ -75,7 +75,19 @@ class Tokenizer(Protocol):
 
 
 class TokenMixer(Protocol):
-    """Moves information between tokens: [B, N, D] -> [B, N, D]. Made by mixer(dim=..., layer=...)."""
+    """Moves information between tokens: [B, N, D] -> [B, N, D]. Made by mixer(dim=..., layer=...).
+
+    It is the branch alone: norms before it, the residual and the modulation belong to the block. What is at padding (layout.valid False)
+    reaches no other token, or the mixer refuses padding with a UsageError; what comes out at padding has no meaning.
+
+    A causal mixer called with a cache takes x as the n tokens that follow those it was called with before (layout.coords are theirs) and keeps
+    its state under cache[layer]; a cache may say under "num_tokens" for how many tokens to make room. The gradient does not flow through a cache.
+    Other mixers compute all tokens at every call and leave a cache untouched.
+    """
+
+    is_causal: bool  # token n sees tokens 0 .. n alone
+    needs_grid: bool  # works on a full dense grid (layout.grid) alone, and refuses padding unless it says otherwise
+    is_resolution_free: bool  # no parameter belongs to a place: works on a grid it was not trained on
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor: ...
 

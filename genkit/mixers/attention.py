@@ -1,30 +1,36 @@
-"""Full attention between all tokens, with normed queries and keys and rotary positions on every axis of the grid."""
+"""Full attention between all tokens, or from each to those before it; normed queries and keys, rotary positions on every axis of the grid."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Layout
+from genkit.mixers.grids import width_per_head
 from genkit.nn.norm import RMSNorm
 from genkit.nn.rope import rope_table, rotate
 
 
 class Attention(nn.Module):
-    """Bidirectional multi-head attention (Vaswani et al., 2017), x [B, N, D] -> [B, N, D].
+    """Multi-head attention (Vaswani et al., 2017), x [B, N, D] -> [B, N, D].
 
     Queries and keys are RMS-normed per head, which keeps training stable at high learning rates (after Dehghani et al.,
     "ViT-22B", 2023, who use layer norm), and turned by their coordinates. Padding (layout.valid False) is never
-    attended to; what comes out at padding has no meaning. All tokens are computed at every call, so a cache is accepted
-    and left untouched.
+    attended to; what comes out at padding has no meaning.
 
     Args:
         dim: D, divisible by num_heads.
         layer: number of the layer, the key under which a mixer keeps things in a cache.
         rope_base: the longest wavelength of the rotation nears 2 pi rope_base tokens; axes are short, hence 100 where
             text models use 10000.
+        is_causal: each token sees itself and the tokens before it. With a cache, keys and values of earlier calls are
+            kept (see TokenMixer).
     """
+
+    needs_grid = False
+    is_resolution_free = True
 
     def __init__(
         self,
@@ -35,12 +41,11 @@ class Attention(nn.Module):
         qk_norm: bool = True,
         rope: bool = True,
         rope_base: float = 100.0,
+        is_causal: bool = False,
     ):
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise UsageError(f"mixer.num_heads={num_heads} does not divide the width dim={dim}")
-        self.layer, self.num_heads, self.head_dim = layer, num_heads, dim // num_heads
-        self.rope, self.rope_base = rope, rope_base
+        self.layer, self.num_heads, self.head_dim = layer, num_heads, width_per_head(dim, num_heads)
+        self.rope, self.rope_base, self.is_causal = rope, rope_base, is_causal
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
@@ -52,10 +57,55 @@ class Attention(nn.Module):
         if self.rope:
             table = rope_table(layout.coords, self.head_dim, self.rope_base)
             q, k = rotate(q, table), rotate(k, table)
-        attended = scaled_dot_product_attention(
-            q.transpose(1, 2).to(v.dtype),  # the rotation runs in float32 under autocast
-            k.transpose(1, 2).to(v.dtype),
-            v.transpose(1, 2),
-            attn_mask=None if layout.valid is None else layout.valid[:, None, None, :],
-        )  # [B, H, N, K]
+        q, k, v = (y.transpose(1, 2).to(v.dtype) for y in (q, k, v))  # the rotation runs in float32 under autocast
+        num_before = 0
+        if self.is_causal and cache is not None:
+            if layout.valid is not None:
+                raise UsageError("mixer.type=attention: tokens generated with a cache cannot be padded")
+            num_before, k, v = cache.setdefault(self.layer, KeysValues(cache.get("num_tokens", 0))).append(k, v)
+        mask = None if layout.valid is None else layout.valid[:, None, None, :]
+        is_square_causal = self.is_causal and mask is None and num_before == 0
+        if self.is_causal and not is_square_causal:
+            mask = causal_mask(q.shape[2], num_before, layout.valid, q.device)
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_square_causal)  # [B, H, N, K]
         return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+def causal_mask(num_new: int, num_before: int, valid: Tensor | None, device: torch.device) -> Tensor | None:
+    """What each of num_new tokens may see of the num_before + num_new, bool broadcastable to [B, H, new, all]; None = everything.
+
+    Every token sees itself, padded or not: a row without a key would be NaN, and its gradient would reach all weights.
+    """
+    if num_new == 1 and valid is None:
+        return None
+    mask = torch.ones(num_new, num_before + num_new, dtype=torch.bool, device=device).tril(num_before)
+    if valid is None:
+        return mask
+    itself = torch.eye(num_new, dtype=torch.bool, device=device)
+    return mask & valid[:, None, None, :] | itself
+
+
+class KeysValues:
+    """Keys and values of the tokens so far, in memory that is set aside ahead: a step writes its own and copies nothing.
+
+    Args:
+        num_tokens: for how many tokens there is room at first; the room doubles when it is used up.
+    """
+
+    def __init__(self, num_tokens: int):
+        self.num_tokens, self.length = num_tokens, 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[int, Tensor, Tensor]:
+        """(number of tokens before, keys, values of all) once k and v [B, H, n, K] are behind the others."""
+        before, self.length = self.length, self.length + k.shape[2]
+        if self.keys is None or self.values is None or self.length > self.keys.shape[2]:
+            room = max(self.num_tokens, self.length if before == 0 else 2 * self.length)
+            keys, values = (y.new_empty(*y.shape[:2], room, y.shape[3]) for y in (k, v))
+            if self.keys is not None and self.values is not None:
+                keys[:, :, :before], values[:, :, :before] = self.keys[:, :, :before], self.values[:, :, :before]
+            self.keys, self.values = keys, values
+        self.keys[:, :, before : self.length] = k.detach()
+        self.values[:, :, before : self.length] = v.detach()
+        return before, self.keys[:, :, : self.length], self.values[:, :, : self.length]

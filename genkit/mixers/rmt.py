@@ -1,0 +1,95 @@
+"""Attention whose scores fall with the Manhattan distance on the grid (RMT, 2024), whole or along rows and then columns."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from genkit.errors import UsageError
+from genkit.interfaces import Cache, Layout
+from genkit.mixers.grids import dense_grid, depthwise, spatially, width_per_head
+
+
+class RMT(nn.Module):
+    """Manhattan self-attention (Fan et al., "RMT: Retentive Networks Meet Vision Transformers", CVPR 2024), two axes.
+
+    softmax(q k^T / sqrt(K) + (|dy| + |dx|) log gamma_h) v + depthwise 5x5 of v, with gamma_h = 1 - 2^(-first - spread h / H):
+    later heads look further. Queries and keys are turned by their raster number, channels pairwise. "decomposed"
+    attends along the rows and then, with the same queries and keys, along the columns: O(N (Y + X) D), not equal to the whole.
+
+    Args:
+        form: "whole" or "decomposed".
+        first, spread: of the decays; the published models use 2 and 4 or 6.
+    """
+
+    is_causal = False
+    needs_grid = True
+    is_resolution_free = True
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        layer: int,
+        num_heads: int = 4,
+        form: Literal["whole", "decomposed"] = "whole",
+        first: float = 2.0,
+        spread: float = 4.0,
+    ):
+        super().__init__()
+        if form not in ("whole", "decomposed"):
+            raise UsageError(f"mixer.form={form!r} must be whole or decomposed")
+        self.num_heads, self.head_dim, self.form = num_heads, width_per_head(dim, num_heads), form
+        if self.head_dim % 2:
+            raise UsageError(
+                f"mixer.num_heads={num_heads}: the width per head {self.head_dim} must be even to be turned"
+            )
+        if first <= 0 or spread < 0:
+            raise UsageError(f"mixer.first={first} must be positive, mixer.spread={spread} not negative")
+        self.qkv = nn.Linear(dim, 3 * dim)
+        nn.init.xavier_uniform_(self.qkv.weight, gain=2**-2.5)  # as published
+        self.local = depthwise(dim, 5)
+        self.proj = nn.Linear(dim, dim)
+        self.log_decay: Tensor  # [H]
+        decay = 1 - 2 ** (-first - spread * torch.arange(num_heads, dtype=torch.float32) / num_heads)
+        self.register_buffer("log_decay", decay.log(), persistent=False)
+
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        grid = dense_grid(layout, "rmt", (2,))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        local = spatially(self.local, v, grid)  # [B, N, D]
+        q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # [B, H, N, K]
+        q, k = self.turn(q), self.turn(k)
+        if self.form == "whole":
+            attended = scaled_dot_product_attention(q, k, v, attn_mask=self.bias(layout.coords[0]).to(q.dtype))
+        else:
+            attended = self.decomposed(q, k, v, grid)
+        return self.proj(attended.transpose(1, 2).flatten(2) + local)
+
+    def decomposed(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...]) -> Tensor:
+        q, k, v = (y.unflatten(2, grid).transpose(1, 2) for y in (q, k, v))  # [B, Y, H, X, K]
+        for axis in (1, 0):
+            if axis == 0:
+                q, k, v = (y.transpose(1, 3) for y in (q, k, v))  # [B, X, H, Y, K]
+            places = torch.arange(grid[axis], device=q.device).unsqueeze(1)
+            bias = self.bias(places).to(q.dtype)
+            mixed = scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=bias)
+            v = mixed.unflatten(0, v.shape[:2])
+        return v.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, H, N, K]
+
+    def bias(self, coords: Tensor) -> Tensor:
+        """coords [n, A] -> [H, n, n]"""
+        distance = torch.cdist(coords.float(), coords.float(), p=1)
+        return distance * self.log_decay[:, None, None]
+
+    def turn(self, x: Tensor) -> Tensor:
+        """x [..., N, K], channels (2i, 2i + 1) of token n turned by n 10000^(-i / (K / 2 - 1))."""
+        N, K = x.shape[-2:]
+        rates = 10_000.0 ** -torch.linspace(0, 1, K // 2, device=x.device, dtype=torch.float32)
+        angles = torch.arange(N, device=x.device).unsqueeze(1) * rates  # [N, K / 2]
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
