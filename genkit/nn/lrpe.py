@@ -1,0 +1,48 @@
+"""Relative positions for linear attention on grids of any number of axes: MD-LRPE (Qin et al., "LightNet", 2024).
+
+A token at (n_1 .. n_A) has the angles n_1 theta, n_2 theta, .., cut to as many as the head needs, with theta_i = base^(-2 i / K) for every axis.
+Two ways to put them on queries and keys of width K:
+
+    rotary   channel pairs (2 i, 2 i + 1) turn by an angle each; the width stays
+    cosine   x -> [x cos, x sin]; the width doubles, and q.k becomes sum_c q_c k_c cos(theta_c (n - m))
+
+Either way shifting all tokens leaves products of queries with keys as they are. Unlike nn/rope.py, which splits the head evenly between axes and stretches
+the wavelengths over each part, every axis has the same first, short wavelengths here. The table of angles is the same for all heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from genkit.errors import UsageError
+
+FLAVOURS = ("rotary", "cosine")
+
+
+def lrpe_angles(coords: Tensor, head_dim: int, flavour: str, base: float = 10_000.0) -> Tensor:
+    """coords [B or 1, N, A] -> angles [B or 1, N, 1, K / 2] for "rotary", [.., K] for "cosine", float32.
+
+    Raises: UsageError for an odd head width with "rotary", or one with fewer angles than axes.
+    """
+    if flavour == "rotary" and head_dim % 2:
+        raise UsageError(f"rotary positions need an even head width, found {head_dim}")
+    num_axes = coords.shape[-1]
+    num_angles = head_dim // 2 if flavour == "rotary" else head_dim
+    if num_angles < num_axes:
+        raise UsageError(
+            f"{flavour} positions need an angle for each of {num_axes} axes, a head of {head_dim} has {num_angles}"
+        )
+    per_axis = -(-num_angles // num_axes)
+    theta = base ** (-2 * torch.arange(per_axis, dtype=torch.float32, device=coords.device) / head_dim)
+    angles = (coords.float().unsqueeze(-1) * theta).flatten(-2)  # [B, N, A * per_axis]
+    return angles[..., :num_angles].unsqueeze(-2)
+
+
+def lrpe(x: Tensor, angles: Tensor, flavour: str) -> Tensor:
+    """x [B, N, H, K] -> [B, N, H, K], or [B, N, H, 2 K] for "cosine"."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    if flavour == "cosine":
+        return torch.cat([x * cos, x * sin], dim=-1)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
