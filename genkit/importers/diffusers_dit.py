@@ -1,0 +1,101 @@
+"""diffusers DiTTransformer2DModel: a folder with config.json and weights, or the weights with --config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genkit.backbones.dit import DiT
+from genkit.errors import UsageError
+from genkit.importers.dit import OBJECTIVE as OBJECTIVE
+from genkit.importers.dit import SAMPLER as SAMPLER
+from genkit.importers.dit import has_sigma, laid_out
+from genkit.importers.names import Rules, count, fill, shape
+
+WHAT = "a diffusers DiTTransformer2DModel"
+COPIES = r"transformer_blocks\.(?!0\.)\d+\.norm1\.emb\..*"
+IGNORED = {
+    r"pos_embed(\.pos_embed)?": "the waves that positions are computed from",
+    COPIES: "copies of the embeddings of time and class of the first block; where they differ, every block keeps its own",
+}
+_FIXED = {
+    "norm_type": "ada_norm_zero",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+    "upcast_attention": False,
+}
+
+
+def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> DiT:
+    """State dict and config.json -> backbone in evaluation mode.
+
+    It is not numerically DiT: its slowest time wave is exactly 1/10000 and the second norm of a block has an epsilon of its own. Every block has a
+    copy of the embeddings of time and class; one is kept, unless they have become different.
+
+    Raises: UsageError for a config that is missing or asks for what is not supported; GenkitError for weights that do not fit.
+    """
+    if config is None:
+        raise UsageError(f"{WHAT} needs its config.json: beside the weights, or --config")
+    for name, value in _FIXED.items():
+        if config.get(name, value) != value:
+            raise UsageError(f"{name}={config[name]} of {WHAT} is not supported, only {value}")
+    first = "transformer_blocks.0.norm1.emb"
+    dim, channels, side, *_ = shape(state, "pos_embed.proj.weight", WHAT)
+    depth = count(state, "transformer_blocks.{}.")
+    firsts = [key for key in state if key.startswith(f"{first}.")]
+    others = [(key, key.replace(".0.", f".{i}.", 1)) for key in firsts for i in range(1, depth)]
+    own = any(other in state and not torch.equal(state[key], state[other]) for key, other in others)
+    network = DiT(
+        channels=channels,
+        num_classes=shape(state, f"{first}.class_embedder.embedding_table.weight", WHAT)[0] - 1,
+        grid=(_option(config, "sample_size"),) * 2,
+        dim=dim,
+        depth=depth,
+        patch_size=side,
+        mixer={
+            "type": "attention",
+            "num_heads": _option(config, "num_attention_heads"),
+            "qk_norm": False,
+            "rope": False,
+        },
+        mlp_ratio=shape(state, "transformer_blocks.0.ff.net.0.proj.weight", WHAT)[0] / dim,
+        learn_sigma=has_sigma(state, "proj_out_2.weight", channels * side**2, WHAT),
+        freq_shift=1,
+        mlp_norm_eps=config.get("norm_eps", 1e-5),
+        own_conditions=own,
+    )
+    ignored = {pattern: why for pattern, why in IGNORED.items() if pattern != COPIES or not own}
+    fill(network, laid_out(state, "pos_embed.proj.weight", "proj_out_2", side), _RULES, ignored, WHAT)
+    return network.eval()
+
+
+def _option(config: Mapping[str, Any], name: str) -> int:
+    if not isinstance(config.get(name), int):
+        raise UsageError(f"the config of {WHAT} must say {name}, a whole number")
+    return config[name]
+
+
+def _qkv(i: str, kind: str) -> tuple[str, ...]:
+    return tuple(f"transformer_blocks.{i}.attn1.to_{part}.{kind}" for part in "qkv")
+
+
+_EMB = "transformer_blocks.{}.norm1.emb"
+_RULES: Rules = [
+    (r"embed\.(\w+)", "pos_embed.proj.{0}"),
+    (
+        r"conditions\.(\d+)\.time\.(up|down)\.(\w+)",
+        lambda i, part, kind: f"{_EMB.format(i)}.timestep_embedder.linear_{1 if part == 'up' else 2}.{kind}",
+    ),
+    (r"conditions\.(\d+)\.label\.table\.weight", f"{_EMB.format('{0}')}.class_embedder.embedding_table.weight"),
+    (r"blocks\.(\d+)\.mixer\.qkv\.(\w+)", _qkv),
+    (r"blocks\.(\d+)\.mixer\.proj\.(\w+)", "transformer_blocks.{0}.attn1.to_out.0.{1}"),
+    (r"blocks\.(\d+)\.mlp\.up\.(\w+)", "transformer_blocks.{0}.ff.net.0.proj.{1}"),
+    (r"blocks\.(\d+)\.mlp\.down\.(\w+)", "transformer_blocks.{0}.ff.net.2.{1}"),
+    (r"blocks\.(\d+)\.modulation\.(\w+)", "transformer_blocks.{0}.norm1.linear.{1}"),
+    (r"head\.modulation\.(\w+)", "proj_out_1.{0}"),
+    (r"head\.linear\.(\w+)", "proj_out_2.{0}"),
+]

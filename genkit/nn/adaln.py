@@ -1,0 +1,89 @@
+"""Adaptive layer norm with gates that begin at zero (Peebles and Xie, "DiT", ICCV 2023, section 3.2, adaLN-Zero)."""
+
+from __future__ import annotations
+
+from torch import Tensor, addcmul, nn
+
+from genkit.interfaces import Cache, Layout
+from genkit.nn.dropout import Dropout
+from genkit.nn.norm import modulate
+
+
+class AdaLNBlock(nn.Module):
+    """h [B, N, D] -> the same: mixer and perceptron, each in a residual branch with shift, scale and gate from the condition.
+
+    Args:
+        mixer, mlp: [B, N, D] -> [B, N, D].
+        rank: the six vectors come from a product of two matrices of this rank without anything between them (FiTv2's adaLN-LoRA); None = one matrix.
+        dropout: on both branches.
+        mlp_norm_eps: of the norm before the perceptron.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        mixer: nn.Module,
+        mlp: nn.Module,
+        rank: int | None = None,
+        dropout: float = 0.0,
+        mlp_norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.mixer, self.mlp, self.mlp_norm_eps = mixer, mlp, mlp_norm_eps
+        self.dropout = Dropout(dropout)
+        self.modulation: nn.Module = (
+            nn.Linear(dim, 6 * dim) if rank is None else nn.Sequential(nn.Linear(dim, rank), nn.Linear(rank, 6 * dim))
+        )
+
+    def forward(
+        self, h: Tensor, c: Tensor, layout: Layout, cache: Cache | None = None, shared: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            c: condition after its SiLU, [B, D].
+            shared: [B, 6 D], added to the block's own six vectors.
+        """
+        vectors = self.modulation(c) if shared is None else self.modulation(c) + shared
+        # [B, 1, D] each
+        mix_shift, mix_scale, mix_gate, shift, scale, gate = vectors.unsqueeze(1).chunk(6, dim=-1)
+        h = addcmul(h, mix_gate, self.dropout(self.mixer(modulate(h, mix_shift, mix_scale), layout, cache)))
+        return addcmul(h, gate, self.dropout(self.mlp(modulate(h, shift, scale, self.mlp_norm_eps))))
+
+    def initialise(self) -> None:
+        """The perceptron as in DiT; what the six vectors are made by 0, so that the block is the identity. The mixer stays as it is."""
+        init_linears(self.mlp)
+        if isinstance(self.modulation, nn.Sequential):
+            init_linears(self.modulation[0])
+            init_zero(self.modulation[1])
+        else:
+            init_zero(self.modulation)
+
+
+class AdaLNHead(nn.Module):
+    """The last layer: h [B, N, D], condition after its SiLU [B, D] -> [B, N, width], 0 at first."""
+
+    def __init__(self, *, dim: int, width: int):
+        super().__init__()
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.linear = nn.Linear(dim, width)
+        init_zero(self)
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        return self.linear(modulate(h, shift, scale))
+
+
+def init_linears(module: nn.Module) -> None:
+    """Every linear layer as in DiT: Xavier-uniform weights, no biases."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def init_zero(module: nn.Module) -> None:
+    """Every parameter 0."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
