@@ -9,14 +9,20 @@ from torch import Tensor
 
 from genkit import native
 
+_WIDENED = (torch.bfloat16, torch.float16)
+
 
 def refuses(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> str | None:
     """Why these arguments need another path."""
-    return None if b.dtype == torch.float32 else f"it computes in float32, these are {b.dtype}"
+    if b.dtype in (torch.float32, torch.complex64, *_WIDENED):
+        return None
+    return f"it computes in float32 and complex64, these are {b.dtype}"
 
 
 def linrec(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
     """As `reference.linrec`."""
+    if b.dtype in _WIDENED:
+        return _forward(a.float(), b.float(), h0.float(), reverse).to(b.dtype)
     return _forward(a, b, h0, reverse)
 
 
@@ -24,7 +30,7 @@ def linrec(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
 def _forward(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
     a, b, h0 = a.contiguous(), b.contiguous(), h0.contiguous()
     h = torch.empty_like(b)
-    native.function("linrec", "linrec_forward", "ppppiiii")(a, b, h0, h, *b.shape, reverse)
+    native.function("linrec", "linrec_forward", "ppppiiiiiii")(a, b, h0, h, *_sizes(a, b), reverse)
     return h
 
 
@@ -36,14 +42,24 @@ def _(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
 @torch.library.custom_op("genkit::linrec_cpu_backward", mutates_args=(), device_types="cpu")
 def _backward(a: Tensor, h: Tensor, h0: Tensor, dh: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     a, h0, dh = a.contiguous(), h0.contiguous(), dh.contiguous()
-    da, db, dh0 = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h0)
-    native.function("linrec", "linrec_backward", "pppppppiiii")(a, h, h0, dh, da, db, dh0, *h.shape, reverse)
-    return da, db, dh0
+    B, _, D = h.shape
+    da = a.new_empty(B, a.shape[1], D)
+    db, dh0 = torch.empty_like(h), torch.empty_like(h0)
+    native.function("linrec", "linrec_backward", "pppppppiiiiiii")(a, h, h0, dh, da, db, dh0, *_sizes(a, h), reverse)
+    return da if a.shape[0] == B else da.sum(0, keepdim=True), db, dh0
 
 
 @_backward.register_fake
 def _(a: Tensor, h: Tensor, h0: Tensor, dh: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return h.new_empty(h.shape), h.new_empty(h.shape), h0.new_empty(h0.shape)
+    return a.new_empty(a.shape), h.new_empty(h.shape), h0.new_empty(h0.shape)
+
+
+def _sizes(a: Tensor, b: Tensor) -> tuple[int, ...]:
+    """B, N, D in floats, the floats from one batch entry and from one token of a to the next, whether numbers are complex."""
+    B, N, D = b.shape
+    floats = 2 if b.is_complex() else 1
+    a_step = D * floats if a.shape[1] > 1 else 0
+    return B, N, D * floats, a.shape[1] * D * floats if a.shape[0] > 1 else 0, a_step, int(b.is_complex())
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

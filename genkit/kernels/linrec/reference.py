@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def linrec(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
-    """As `op.linrec`, arguments checked and given in full."""
+    """As `op.linrec`, arguments checked and given in full: a is [B, N, D], [B, 1, D] or [1, 1, D]."""
+    if b.dtype in (torch.bfloat16, torch.float16):
+        return linrec(a.float(), b.float(), h0.float(), reverse).to(b.dtype)
+    a = a.expand_as(b)
     steps = range(b.shape[1])
     h, out = h0, []
     for t in reversed(steps) if reverse else steps:
