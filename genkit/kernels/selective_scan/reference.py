@@ -22,19 +22,11 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """As `op.selective_scan`, arguments checked and given in full, B and C [B, N, G, R]; returns y and the last state."""
     dtype = u.dtype
-    u, delta, A, B, C, D_skip, z, delta_bias, h = (
-        x if x is None or x.dtype == torch.float64 else x.float()
-        for x in (u, delta, A, B, C, D_skip, z, delta_bias, initial_state)
-    )
-    assert u is not None
-    assert delta is not None
-    assert A is not None
-    assert B is not None
-    assert C is not None
-    assert h is not None
+    wide = torch.promote_types(dtype, torch.float32)
+    u, delta, A, B, C, h = (x.to(wide) for x in (u, delta, A, B, C, initial_state))
     per_group = u.shape[2] // B.shape[2]
     if delta_bias is not None:
-        delta = delta + delta_bias
+        delta = delta + delta_bias.to(wide)
     if delta_softplus:
         delta = softplus(delta, threshold=20)  # above 20 it is the identity, as published
     steps = range(u.shape[1])
@@ -46,7 +38,7 @@ def selective_scan(
         out.append((C_t * h).sum(2))
     y = torch.stack(out[::-1] if reverse else out, dim=1)  # [B, N, D]
     if D_skip is not None:
-        y = y + D_skip * u
+        y = y + D_skip.to(wide) * u
     if z is not None:
-        y = y * silu(z)
+        y = y * silu(z.to(wide))
     return y.to(dtype), h
