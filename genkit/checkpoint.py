@@ -126,6 +126,7 @@ def save(
     *,
     write_pipeline: Callable[[Path], None],
     optimizer: torch.optim.Optimizer,
+    objective: Any = None,
     scaler: Any = None,
     rank: int = 0,
     barrier: Callable[[], None] = lambda: None,
@@ -135,6 +136,7 @@ def save(
 
     Args:
         write_pipeline: writes the weights into a folder; called on the main process only.
+        objective: saved too where it has a `state` (a discriminator).
         scaler: the fp16 gradient scaler, if there is one.
         barrier: waits for all processes.
         keep: how many checkpoints stay.
@@ -157,6 +159,9 @@ def save(
                 write_pipeline(temporary / "pipeline")
                 tensors, rest = _flatten_optimizer(optimizer)
                 save_file(tensors, temporary / "state" / "optimizer.safetensors")
+                if hasattr(objective, "state"):
+                    own = {name: value.detach().contiguous() for name, value in objective.state().items()}
+                    save_file(own, temporary / "state" / "objective.safetensors")
                 counts = {
                     "counters": asdict(counters),
                     "optimizer": rest,
@@ -191,10 +196,14 @@ def point(link: Path, target: str) -> None:
     os.replace(temporary, link)
 
 
-def load_state(checkpoint: Path, *, optimizer: torch.optim.Optimizer, scaler: Any = None, rank: int = 0) -> Counters:
-    """Restore optimiser, counters and this process's random state. Weights are restored with `load_weights`."""
+def load_state(
+    checkpoint: Path, *, optimizer: torch.optim.Optimizer, objective: Any = None, scaler: Any = None, rank: int = 0
+) -> Counters:
+    """Restore optimiser, objective, counters and this process's random state. Weights are restored with `load_weights`."""
     state = json.loads((checkpoint / "state" / "state.json").read_text())
     _unflatten_optimizer(optimizer, load_file(checkpoint / "state" / "optimizer.safetensors"), state["optimizer"])
+    if hasattr(objective, "restore"):
+        objective.restore(load_file(checkpoint / "state" / "objective.safetensors"))
     if scaler is not None and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     own = checkpoint / "state" / f"random-{rank}.safetensors"

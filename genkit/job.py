@@ -19,14 +19,17 @@ from genkit import caching, checkpoint, files, images, registry
 from genkit import config as configs
 from genkit.checkpoint import Counters, Run
 from genkit.data.cache import check_size
-from genkit.data.loader import read_all
+from genkit.data.loader import batches, read_all
 from genkit.ema import Ema
 from genkit.errors import UsageError
 from genkit.interfaces import Layout
+from genkit.nn.latents import LatentStats
 from genkit.nn.layout import dense_layout
 from genkit.optim import adamw
 from genkit.pipeline import GeneratorPipeline, TokenizerPipeline
 from genkit.rng import derive, sample_seeds
+
+_LATENT_IMAGES = 512  # that a tokenizer's latents are measured on when it is saved
 
 
 @dataclass
@@ -67,6 +70,8 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
         dataset = registry.build("data", config["data"])
         model = registry.build("tokenizer", config["tokenizer"], image_channels=dataset.info.shape[0])
         check_size(dataset.info.shape, model.stride)
+        if hasattr(objective, "prepare"):
+            objective.prepare(dataset.info.shape, accelerator.device)
         class_names = dataset.info.class_names
         run = open_on_main(accelerator, out, config, source)
     else:
@@ -97,8 +102,10 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
         if ema is not None:
             ema.load(checkpoint.load_weights(model, last / "pipeline" / part, variant="ema"))
         checkpoint.load_weights(model, last / "pipeline" / part)
+        if hasattr(model, "reset_latent_stats"):
+            model.reset_latent_stats()
         counters = checkpoint.load_state(
-            last, optimizer=optimizer, scaler=accelerator.scaler, rank=accelerator.process_index
+            last, optimizer=optimizer, objective=objective, scaler=accelerator.scaler, rank=accelerator.process_index
         )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     wrapped.train()
@@ -174,6 +181,7 @@ def save(job: Job) -> None:
         job.counters,
         write_pipeline=lambda folder: write_pipeline(job, folder),
         optimizer=job.optimizer.optimizer,
+        objective=job.objective,
         scaler=job.accelerator.scaler,
         rank=job.accelerator.process_index,
         barrier=job.accelerator.wait_for_everyone,
@@ -201,10 +209,35 @@ def pipeline_of(job: Job) -> TokenizerPipeline | GeneratorPipeline:
 
 def write_pipeline(job: Job, folder: Path) -> None:
     part = "tokenizer" if job.tokenizer is None else "backbone"
-    pipeline_of(job).save_pretrained(folder)
+    with scaled(job):
+        pipeline_of(job).save_pretrained(folder)
     if job.ema is not None:
-        with job.ema.applied():
+        with job.ema.applied(), scaled(job):
             job.model.save_pretrained(folder / part, variant="ema")
+
+
+@contextlib.contextmanager
+def scaled(job: Job) -> Iterator[None]:
+    """A tokenizer whose latents have unit variance by its present weights, inside the block; a generator's backbone as it is.
+
+    What is saved is scaled, what is trained is not: when a run is saved must not change how it goes on.
+    """
+    if not hasattr(job.model, "set_latent_stats"):
+        yield
+        return
+    job.model.eval()
+    stats = LatentStats()
+    count = min(len(job.dataset), _LATENT_IMAGES)
+    shuffled = batches(job.dataset, batch_size=64, seed=job.config["train"]["seed"], start=0, stop=count)
+    with torch.no_grad():
+        for batch in shuffled:
+            stats.add(job.model.encode(batch["x"].to(job.accelerator.device)).z)
+    job.model.set_latent_stats(*(value.to(job.accelerator.device) for value in stats.result()))
+    try:
+        yield
+    finally:
+        job.model.reset_latent_stats()
+        job.model.train()
 
 
 @contextlib.contextmanager

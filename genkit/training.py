@@ -128,6 +128,8 @@ def loop(job: Job, progress: Progress, stop: list[int]) -> None:
             for module in job.model.modules():
                 if hasattr(module, "after_step"):
                     module.after_step()
+            if hasattr(job.objective, "after_step"):
+                job.objective.after_step()
         counters.step += 1
         counters.samples += settings["batch_size"]
         meter.samples += settings["batch_size"]

@@ -18,8 +18,9 @@ LAYERS = (
     ("nn", "octree"),
     ("mixers",),
     ("backbones", "tokenizers"),
-    ("objectives", "samplers", "data"),
+    ("samplers", "data"),
     ("metrics",),
+    ("objectives",),
 )
 RANK = {folder: rank for rank, folders in enumerate(LAYERS) for folder in folders}
 # What stands above all parts. (`genkit.pipeline` and `genkit.registry` are reached through words, not through imports.)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from genkit.errors import UsageError
 from genkit.interfaces import Encoded
@@ -39,6 +39,11 @@ class GridTokenizer(ModelMixin, ConfigMixin):
         self.register_buffer("latent_std", torch.ones(self.channels))
         # Convolutions on a CPU are faster with channels innermost, and the quantiser's rows are then the memory as it lies.
         self.to(memory_format=torch.channels_last)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight whose products are the pixels: where adversarial training compares gradients."""
+        return [module.weight for module in self.decoder.modules() if isinstance(module, nn.Conv2d)][-1]
 
     def encode(self, x: Tensor) -> Encoded:
         """x [B, image_channels, Y, X] in [-1, 1] -> z, ids and the quantiser's losses, [B] each.
@@ -78,6 +83,12 @@ class GridTokenizer(ModelMixin, ConfigMixin):
             raise UsageError("latent statistics must be finite, with every std above 0")
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
+
+    @torch.no_grad()
+    def reset_latent_stats(self) -> None:
+        """Leave latents as they are from now on: z = codes."""
+        self.latent_mean.zero_()
+        self.latent_std.fill_(1)
 
     def scale(self, codes: Tensor) -> Tensor:
         """Codes [B, channels, *grid] -> z of the same shape."""

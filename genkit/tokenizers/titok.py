@@ -122,6 +122,10 @@ class TiTok(GridTokenizer):
             )
         self.finish()
 
+    @property
+    def last_layer(self) -> Tensor:
+        return self.head.pixels.weight if isinstance(self.head, PatchPixels) else super().last_layer
+
     def encode(self, x: Tensor) -> Encoded:
         """x [B, image_channels, image_size, image_size] in [-1, 1] -> z [B, channels, K], ids [B, 1, K] and the quantiser's losses, [B] each.
 
