@@ -391,14 +391,14 @@ static inline int64_t parts(int64_t heads, int64_t columns) {
   return wanted < strips ? wanted : strips;
 }
 
-// Calls body(head, first column, number of columns) for all parts of all heads in parallel.
+// Calls body(head, part, first column, number of columns) for all parts of all heads in parallel.
 template <class Body>
 static void each_part(int64_t heads, int64_t columns, int64_t parts, Body body) {
   const int64_t width = padded((columns + parts - 1) / parts, STRIP);
 #pragma omp parallel for schedule(dynamic)
   for (int64_t i = 0; i < heads * parts; ++i) {
     const int64_t first = i % parts * width, left = columns - first;
-    if (left > 0) body(i / parts, first, left < width ? left : width);
+    if (left > 0) body(i / parts, i % parts, first, left < width ? left : width);
   }
 }
 

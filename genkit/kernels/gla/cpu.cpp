@@ -34,7 +34,7 @@ struct Inputs {
 extern "C" void gla_forward(const float* q, const float* k, const float* v, const float* g, const float* h0, float* o, float* last, int64_t B, int64_t N,
                             int64_t H, int64_t K, int64_t V, float scale, int64_t reverse) {
   const Inputs in{q, k, v, g, N, H, K, V, scale, reverse != 0};
-  each_part(B * H, V, parts(B * H, V), [&](int64_t i, int64_t first, int64_t count) {
+  each_part(B * H, V, parts(B * H, V), [&](int64_t i, int64_t, int64_t first, int64_t count) {
     forward(in.head(i), h0 ? h0 + i * K * V : nullptr, rows(o, i / H, i % H, N, H, V, in.reverse), last + i * K * V, first, count);
   });
 }
@@ -44,10 +44,10 @@ extern "C" void gla_backward(const float* q, const float* k, const float* v, con
                              int64_t reverse) {
   const Inputs in{q, k, v, g, N, H, K, V, scale, reverse != 0};
   auto of = [&](auto* base, int64_t i, int64_t width) { return rows(base, i / H, i % H, N, H, width, in.reverse); };
-  each_part(B * H, V, parts(B * H, V), [&](int64_t i, int64_t first, int64_t count) {
+  each_part(B * H, V, parts(B * H, V), [&](int64_t i, int64_t, int64_t first, int64_t count) {
     backward_values(in.head(i), of(dout, i, V), dlast ? dlast + i * K * V : nullptr, of(dv, i, V), dh0 + i * K * V, first, count);
   });
-  each_part(B * H, K, parts(B * H, K), [&](int64_t i, int64_t first, int64_t count) {
+  each_part(B * H, K, parts(B * H, K), [&](int64_t i, int64_t, int64_t first, int64_t count) {
     const Rows<float> to = of(dg, i, K);
     backward_keys(
         in.head(i), h0 ? h0 + i * K * V : nullptr, of(dout, i, V), dlast ? dlast + i * K * V : nullptr, of(dq, i, K), of(dk, i, K),
