@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genkit.interfaces import Layout
 from genkit.nn.layout import dense_layout
 
 Outputs = dict[str, Tensor]
@@ -43,3 +44,45 @@ def run_dit_diffusers(case: Any) -> Outputs:
 
     network = convert(case.weights, case.config)
     return {"sample": call(network, *(case.inputs[name] for name in ("hidden_states", "timestep", "class_labels")))}
+
+
+def fit_layout(inputs: dict[str, Tensor]) -> Layout:
+    """Theirs has (column, row); ours (row, column)."""
+    return Layout(coords=inputs["grid"].flip(1).transpose(1, 2).float(), grid=None, valid=inputs["mask"] > 0)
+
+
+def power_cosine(strength: Tensor, power: Tensor, t: Tensor) -> Tensor:
+    """Guidance that grows from 1 at data to its full strength at noise, [B]; t = 1 is data."""
+    return 1 + (strength - 1) * (1 - torch.cos(torch.pi * (1 - t) ** power)) / 2
+
+
+def run_fit(case: Any) -> Outputs:
+    from genkit.importers.fit import convert
+
+    network = convert(case.weights, case.config)
+    x, t, y, layout = case.inputs["x"], case.inputs["t"], case.inputs["y"], fit_layout(case.inputs)
+    cond = {"label": torch.where(y == case.config["num_classes"], -1, y)}
+    times = {
+        "forward": t,
+        "forward_t_int_noclamp": case.inputs["t_int"],
+        "forward_t_int_head": case.inputs["t_int"].clamp_max(1),
+    }
+    return {name: network(x, t, cond, layout) for name, t in times.items()}
+
+
+def run_fitv2(case: Any) -> Outputs:
+    from genkit.importers.fit import convert
+
+    network = convert(case.weights, case.config)
+    x, t, y, layout = case.inputs["x"].transpose(1, 2), case.inputs["t"], case.inputs["y"], fit_layout(case.inputs)
+    null, strength = torch.full_like(y, -1), case.inputs["cfg_scale"]
+    label = torch.where(y == case.config["num_classes"], -1, y)
+    out = network(x, t, {"label": label}, layout)
+    poor = network(x, t, {"label": null}, layout)
+    cells = 3 * case.config["patch_size"] ** 2  # tokens hold the channel slowest: these are the first three
+    outputs = {"forward": out}
+    grown = power_cosine(strength, case.inputs["scale_pow"], t)[:, None, None]
+    for name, w in (("forward_with_cfg", strength), ("forward_with_cfg_pow", grown)):
+        guided = torch.lerp(poor[:, :cells], out[:, :cells], w)
+        outputs[name] = torch.cat([torch.cat([guided, half[:, cells:]], dim=1) for half in (out, poor)])
+    return {name: value.transpose(1, 2) for name, value in outputs.items()}

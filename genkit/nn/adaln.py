@@ -37,16 +37,22 @@ class AdaLNBlock(nn.Module):
         )
 
     def forward(
-        self, h: Tensor, c: Tensor, layout: Layout, cache: Cache | None = None, shared: Tensor | None = None
+        self,
+        h: Tensor,
+        c: Tensor,
+        layout: Layout,
+        cache: Cache | None = None,
+        shared: Tensor | None = None,
+        sample: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
             c: condition after its SiLU, [B, D].
             shared: [B, 6 D], added to the block's own six vectors.
+            sample: [M] int64, of packed tokens h [M, D]: which sample of the batch each belongs to. The mixer is then given [M, D] too.
         """
         vectors = self.modulation(c) if shared is None else self.modulation(c) + shared
-        # [B, 1, D] each
-        mix_shift, mix_scale, mix_gate, shift, scale, gate = vectors.unsqueeze(1).chunk(6, dim=-1)
+        mix_shift, mix_scale, mix_gate, shift, scale, gate = per_token(vectors, sample).chunk(6, dim=-1)
         h = addcmul(h, mix_gate, self.dropout(self.mixer(modulate(h, mix_shift, mix_scale), layout, cache)))
         return addcmul(h, gate, self.dropout(self.mlp(modulate(h, shift, scale, self.mlp_norm_eps))))
 
@@ -69,9 +75,15 @@ class AdaLNHead(nn.Module):
         self.linear = nn.Linear(dim, width)
         init_zero(self)
 
-    def forward(self, h: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.modulation(c).unsqueeze(1).chunk(2, dim=-1)
+    def forward(self, h: Tensor, c: Tensor, sample: Tensor | None = None) -> Tensor:
+        """Packed tokens as in AdaLNBlock."""
+        shift, scale = per_token(self.modulation(c), sample).chunk(2, dim=-1)
         return self.linear(modulate(h, shift, scale))
+
+
+def per_token(vectors: Tensor, sample: Tensor | None) -> Tensor:
+    """Vectors of samples [B, K] as [B, 1, K], which broadcasts over their tokens, or for packed tokens as [M, K]."""
+    return vectors.unsqueeze(1) if sample is None else vectors.index_select(0, sample)
 
 
 def init_linears(module: nn.Module) -> None:

@@ -1,0 +1,263 @@
+"""Transformer over tokens at their places in images of any size (Lu et al., "FiT", ICML 2024; Wang et al., "FiTv2", 2024).
+
+Differences from the papers: other mixers may stand in for attention; grids of any number of axes. Time and objective as the caller has them (FiT 0 .. 999
+of a diffusion, FiTv2 [0, 1] of a flow towards data).
+
+Where samples of a batch have sizes of their own (`layout.valid`), only real tokens are computed: they are packed into [M, D], and attention alone sees
+them as a batch, cut to its longest sample. Padding is never seen and comes out as 0. How x becomes tokens and what is read of the layout:
+genkit/nn/patch.py; a layout without a grid says that x already is tokens (see FiT.forward).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
+
+from genkit.errors import UsageError
+from genkit.interfaces import Cache, Cond, Layout
+from genkit.nn.adaln import AdaLNBlock, AdaLNHead, init_linears, init_zero
+from genkit.nn.condition import Condition
+from genkit.nn.extrapolation import Extrapolation, Gain, Method, turning_table
+from genkit.nn.gated_mlp import GatedMLP
+from genkit.nn.layout import dense_layout
+from genkit.nn.patch import PatchSize, patch_sides, patchify, real_only, token_grid, token_layout, unpatchify
+from genkit.nn.rope import rotate
+from genkit.registry import MixerSpec, maker
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which of B x N tokens are real, M in all, and their places in a batch of the longest sample's length K."""
+
+    index: Tensor  # [M] int64, in the flattened [B, N]
+    sample: Tensor  # [M] int64, 0 .. B - 1
+    place: Tensor  # [M] int64, in the flattened [B, K]
+    mask: Tensor  # [B, 1, 1, K] bool, which places hold a token
+    shape: tuple[int, int]  # (B, K)
+
+    @staticmethod
+    def of(valid: Tensor) -> Packing:
+        """valid [B, N] bool."""
+        B, N = valid.shape
+        counts = valid.sum(1)  # [B]
+        K = max(1, int(counts.max()))
+        index = valid.flatten().nonzero().squeeze(1)
+        sample = index // N
+        rank = torch.arange(len(index), device=valid.device) - (counts.cumsum(0) - counts).index_select(0, sample)
+        held = torch.arange(K, device=valid.device) < counts[:, None]
+        held[:, 0] |= counts == 0  # attention over nothing would be NaN
+        return Packing(index, sample, sample * K + rank, held[:, None, None], (B, K))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, N, ...] -> [M, ...]."""
+        return x.flatten(0, 1).index_select(0, self.index)
+
+    def unpack(self, x: Tensor, num_tokens: int) -> Tensor:
+        """[M, ...] -> [B, N, ...], 0 at padding."""
+        B, N = self.shape[0], num_tokens
+        return x.new_zeros(B * N, *x.shape[1:]).index_copy(0, self.index, x).unflatten(0, (B, N))
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[M, ...] -> [B, K, ...]."""
+        B, K = self.shape
+        return x.new_zeros(B * K, *x.shape[1:]).index_copy(0, self.place, x).unflatten(0, (B, K))
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """[B, K, ...] -> [M, ...]."""
+        return x.flatten(0, 1).index_select(0, self.place)
+
+
+@dataclass(frozen=True)
+class TurnedLayout(Layout):
+    """A layout whose rotations are computed once for all blocks."""
+
+    table: tuple[Tensor, Tensor] | None = (
+        None  # cos and sin, [B or 1, N, 1, K / 2], or [M, 1, K / 2] where tokens are packed
+    )
+    packing: Packing | None = None
+
+
+class TurnedAttention(nn.Module):
+    """Multi-head attention whose rotations are given: x [B, N, D], or packed [M, D], -> the same.
+
+    Args:
+        qk_norm: layer norm of queries and keys per head before they are turned, without weights (FiTv2).
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, qk_norm: bool):
+        super().__init__()
+        self.num_heads, self.head_dim, self.qk_norm = num_heads, dim // num_heads, qk_norm
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, layout: TurnedLayout, cache: Cache | None = None) -> Tensor:
+        assert layout.table is not None
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)  # [..., H, K] each
+        if self.qk_norm:
+            q, k = (layer_norm(y, (self.head_dim,), eps=1e-6) for y in (q, k))
+        q, k = (rotate(y, layout.table).to(v.dtype) for y in (q, k))  # the rotation runs in float32 under autocast
+        packing = layout.packing
+        if packing is not None:
+            q, k, v = (packing.pad(y) for y in (q, k, v))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, N, K] each
+        mask = None if packing is None else packing.mask
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return self.proj(out if packing is None else packing.unpad(out))
+
+
+class FiT(ModelMixin, ConfigMixin):
+    """x [B, C, *grid], t, label -> [B, C or 2 C, *grid]. A fresh network returns 0.
+
+    Args:
+        channels: C.
+        num_classes: classes that cond["label"] counts; 0 = unconditional.
+        grid: cells per axis while training, the longest where sizes are mixed.
+        dim, depth, num_heads: of FiTv2, B 768, 15 and 12; XL 1152, 36 and 16; 3B 2304, 40 and 24; of FiT, XL 1152, 28 and 16.
+        patch_size: cells per axis of a token: one number, or one per axis.
+        mlp_dim: hidden channels of the gated perceptron; by default 8/3 dim as in FiTv2; FiT has 4 dim.
+        shared_adaln: FiTv2: one modulation for all blocks, to which each adds one of rank `adaln_rank` (by default dim / 4); else one of full rank in
+            each block, as FiT.
+        qk_norm: FiTv2.
+        mixer: in place of attention; its positions are then its own affair.
+        rope, rope_per_axis, rope_gain, rope_trained: rotary positions on larger grids, see Extrapolation; rope_trained is by default the longest axis
+            of the trained grid, in tokens.
+        learn_sigma: two outputs per channel, as FiT.
+        time_scale: what t is multiplied by before it becomes waves.
+        dropout: on both residual branches.
+
+    Raises: UsageError for sizes that do not fit each other.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        channels: int,
+        num_classes: int,
+        grid: tuple[int, ...],
+        dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        patch_size: PatchSize = 2,
+        mlp_dim: int | None = None,
+        shared_adaln: bool = True,
+        adaln_rank: int | None = None,
+        qk_norm: bool = True,
+        mixer: MixerSpec | None = None,
+        rope: Method = "plain",
+        rope_per_axis: bool = True,
+        rope_gain: Gain = "none",
+        rope_trained: int | None = None,
+        learn_sigma: bool = False,
+        time_scale: float = 1.0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if depth < 1:
+            raise UsageError(f"backbone.depth={depth} must be at least 1")
+        if num_heads < 1 or dim % num_heads:
+            raise UsageError(f"backbone.num_heads={num_heads} does not divide the width dim={dim}")
+        self.gradient_checkpointing = False
+        self.out_channels = (2 if learn_sigma else 1) * channels
+        self.sides = patch_sides(patch_size, len(grid))
+        self.head_dim = dim // num_heads
+        self.has_mixer = mixer is not None
+        trained = token_grid(tuple(grid), self.sides)
+        self.rule = Extrapolation(
+            rope, rope_per_axis, rope_gain, max(trained) if rope_trained is None else rope_trained
+        )
+        cells = torch.Size(self.sides).numel()
+        rank = (dim // 4 if adaln_rank is None else adaln_rank) if shared_adaln else None
+        make_mixer = None if mixer is None else maker("mixer", mixer)
+        self.embed = nn.Linear(channels * cells, dim)
+        self.condition = Condition(num_classes=num_classes, dim=dim, time_scale=time_scale)
+        self.modulation = nn.Linear(dim, 6 * dim) if shared_adaln else None
+        self.blocks = nn.ModuleList(
+            AdaLNBlock(
+                dim=dim,
+                mixer=TurnedAttention(dim=dim, num_heads=num_heads, qk_norm=qk_norm)
+                if make_mixer is None
+                else make_mixer(dim=dim, layer=i),
+                mlp=GatedMLP(dim=dim, hidden=8 * dim // 3 if mlp_dim is None else mlp_dim),
+                rank=rank,
+                dropout=dropout,
+            )
+            for i in range(depth)
+        )
+        self.head = AdaLNHead(dim=dim, width=self.out_channels * cells)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """As published. Other mixers than attention keep what they were made with."""
+        init_linears(self.embed)
+        if self.modulation is not None:
+            init_zero(self.modulation)
+        for block in self.blocks:
+            assert isinstance(block, AdaLNBlock)
+            block.initialise()
+            if isinstance(block.mixer, TurnedAttention):
+                init_linears(block.mixer)
+
+    def forward(self, x: Tensor, t: Tensor | None, cond: Cond, layout: Layout, cache: Cache | None = None) -> Tensor:
+        """
+        Args:
+            x: [B, C, *grid]; or, with a layout without a grid, tokens [B, C * cells of a patch, N] at layout.coords [B or 1, N, A], in tokens, the channel
+                slowest; sizes of samples are then read from the coordinates of real tokens.
+            t: a number, one per sample [B], or None where time means nothing.
+            cond: "label" [B] int64, -1 = null class.
+            layout: `valid` [B, cells of x], or [B, N] of tokens.
+            cache: handed to the mixers.
+
+        Returns: [B, out_channels, *grid], or [B, out_channels * cells of a patch, N]; 0 at padding.
+        Raises: UsageError for a grid that patches do not fill.
+        """
+        B = x.shape[0]
+        laid_out = token_layout(x, layout, self.sides) if layout.grid is not None else layout
+        patches = patchify(x, self.sides) if layout.grid is not None else x.transpose(1, 2)  # [B, N, C']
+        N = patches.shape[1]
+        tokens = laid_out if self.has_mixer else self.turned(laid_out, B)
+        packing = tokens.packing if isinstance(tokens, TurnedLayout) else None
+        sample = None if packing is None else packing.sample
+        h = self.embed(patches if packing is None else packing.pack(patches))  # [B, N, D] or [M, D]
+        c = self.condition(t, cond, B)  # [B, D]
+        shared = None if self.modulation is None else self.modulation(c)  # [B, 6 D]
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                h = self._gradient_checkpointing_func(block, h, c, tokens, cache, shared, sample)
+            else:
+                h = block(h, c, tokens, cache, shared, sample)
+        out = self.head(h, c, sample)
+        out = real_only(out, laid_out) if packing is None else packing.unpack(out, N)
+        return out.transpose(1, 2) if laid_out.grid is None else unpatchify(out, laid_out.grid, self.sides)
+
+    def turned(self, layout: Layout, batch_size: int) -> TurnedLayout:
+        """The layout with its rotations, packed where there is padding."""
+        coords, valid, grid = layout.coords, layout.valid, layout.grid
+        if grid is not None and valid is None:
+            return TurnedLayout(coords, grid, table=grid_table(grid, self.head_dim, self.rule, coords.device))
+        coords = coords.expand(batch_size, -1, -1)
+        if valid is None:
+            valid = torch.ones(coords.shape[:2], dtype=torch.bool, device=coords.device)
+        # Tokens along every axis of each sample: the largest coordinate of a real token, plus 1.
+        sizes = torch.where(valid.unsqueeze(-1), coords, 0).amax(1) + 1  # [B, A]
+        packing = Packing.of(valid)
+        cos, sin = turning_table(coords, sizes, self.head_dim, self.rule)
+        return TurnedLayout(coords, grid, valid, table=(packing.pack(cos), packing.pack(sin)), packing=packing)
+
+
+@lru_cache(maxsize=64)
+def grid_table(
+    grid: tuple[int, ...], head_dim: int, rule: Extrapolation, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The rotations of a full grid, [1, N, 1, head_dim / 2] each."""
+    with torch.inference_mode(False), torch.no_grad():  # training may keep what was first asked for while sampling
+        sizes = torch.tensor([grid], dtype=torch.float32, device=device)
+        return turning_table(dense_layout(grid, device=device).coords, sizes, head_dim, rule)
