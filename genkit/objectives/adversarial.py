@@ -73,7 +73,7 @@ class Adversarial(Reconstruction):
                 f"start_step={start_step}, weight={weight}, lecam={lecam} and r1={r1} at least 0"
             )
         self.weight, self.adaptive, self.most, self.start_step = weight, adaptive, most, start_step
-        self.width, self.depth, self.lr, self.betas = width, depth, lr, tuple(betas)
+        self.width, self.depth, self.lr, self.betas = width, depth, lr, betas
         self.lecam, self.lecam_decay, self.r1, self.r1_every = lecam, lecam_decay, r1, r1_every
         self.discriminator: Any = None
         self.optimizer: Any = None
@@ -87,8 +87,8 @@ class Adversarial(Reconstruction):
         # Before anything else is loaded, which may draw numbers or not: the seed alone decides where it starts.
         network = PatchDiscriminator(image_channels=shape[0], width=self.width, depth=self.depth)
         super().prepare(shape, device)
-        self.discriminator = network.to(device=device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.lr, betas=self.betas, fused=True)
+        self.discriminator = network.to(device).to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.lr, betas=(self.betas[0], self.betas[1]), fused=True)
         self.means, self._seen = self.means.to(device), self._seen.to(device)
 
     def __call__(self, model: Any, target: Tensor, cond: Cond, layout: Layout | None, rng: Rng) -> dict[str, Tensor]:
