@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,6 +36,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "rmt": [{}, {"form": "decomposed"}],
     "rpe_fft": [{"size": (8, 6)}, {"size": (7, 5), "num_features": 11}],
+    "ssd": [{}, {"is_bidirectional": True, "state_size": 5, "num_groups": 2}, {"order": "sweep-8", "head_dim": 64}],
     "window": [{}, {"size": 2}, {"size": 5}],
 }
 # Causal ones whose sums run through a transform of the whole sequence: the past is equal to rounding, not to the bit.
@@ -63,6 +61,20 @@ def make(word: str, options: dict[str, Any] | None = None, layer: int = 0, dim: 
 
 def tokens(grid: tuple[int, ...] = GRID, batch: int = 2, dim: int = DIM, seed: int = 1) -> Tensor:
     return torch.randn(batch, math.prod(grid), dim, generator=torch.Generator().manual_seed(seed))
+
+
+def attempt(call: Callable[[], Tensor]) -> tuple[Tensor | None, str]:
+    """What a call gives, or with what words it is refused."""
+    try:
+        return call(), ""
+    except UsageError as error:
+        return None, str(error)
+
+
+@pytest.fixture(autouse=True)
+def _paths_of_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run as they do for a user: Triton's interpreter, which the tests of kernels ask for, would take minutes here."""
+    monkeypatch.setattr("genkit.dispatch.is_interpreting", lambda: False)
 
 
 # The contract
@@ -90,11 +102,10 @@ def test_keeps_shape_and_type_on_any_grid(word, options, grid, layer):
 @pytest.mark.parametrize("grid", [(9,), (2, 3, 3)])
 def test_other_numbers_of_axes_work_or_are_refused(word, options, grid):
     mixer, x = make(word, options), tokens(grid)
-    try:
-        out = mixer(x, dense_layout(grid))
-    except UsageError as error:
+    out, refusal = attempt(lambda: mixer(x, dense_layout(grid)))
+    if out is None:
         assert mixer.needs_grid
-        assert "axes" in str(error)
+        assert "axes" in refusal
     else:
         assert out.shape == x.shape
         assert out.isfinite().all()
@@ -119,10 +130,9 @@ def test_padding_reaches_nothing_or_is_refused(word, options):
     valid[1, 20:] = False
     padded = Layout(coords=layout.coords, grid=GRID, valid=valid)
     changed = torch.where(valid.unsqueeze(-1), x, 100 * torch.randn_like(x)).requires_grad_()
-    try:
-        expected = mixer(x, padded)
-    except UsageError as error:
-        assert "padding" in str(error)
+    expected, refusal = attempt(lambda: mixer(x, padded))
+    if expected is None:
+        assert "padding" in refusal
         return
     out = mixer(changed, padded)
     torch.testing.assert_close(out[valid], expected[valid], atol=1e-6, rtol=1e-5)
