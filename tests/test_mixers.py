@@ -28,6 +28,13 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "block_sparse": [{"tile": 2}] + [{"pattern": p, "tile": 2, "reach": 3} for p in ("band", "axial", "random", "top")],
     "gla": [{}, {"gate_divisor": 1.0}],
     "hornet": [{"order": 2, "kernel_size": 3}, {"scale": 1 / 3}],
+    "lightnet": [
+        {},
+        {"positions": None},
+        {"positions": "cosine", "toeplitz_axes": 2},
+        {"is_causal": True},
+        {"is_causal": True, "positions": "cosine", "gate_rank": 3},
+    ],
     "mamba": [
         {},
         {"is_bidirectional": True, "state_size": 5},
@@ -37,10 +44,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "rmt": [{}, {"form": "decomposed"}],
     "rpe_fft": [{"size": (8, 6)}, {"size": (7, 5), "num_features": 11}],
     "ssd": [{}, {"is_bidirectional": True, "state_size": 5, "num_groups": 2}, {"order": "sweep-8", "head_dim": 64}],
+    "vssd": [{}, {"state_size": 5, "num_groups": 2, "expand": 1}],
     "window": [{}, {"size": 2}, {"size": 5}],
 }
-# Causal ones whose sums run through a transform of the whole sequence: the past is equal to rounding, not to the bit.
-ROUNDED = {"longconv"}
+# Causal ones that take a number from the whole sequence (a transform, a largest exponent): the past is equal to rounding, not to the bit.
+ROUNDED = {"longconv", "lightnet"}
 
 CASES = [(word, options) for word in words("mixer") for options in OPTIONS.get(word, [{}])]
 each = pytest.mark.parametrize(

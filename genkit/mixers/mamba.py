@@ -22,9 +22,9 @@ class Mamba(nn.Module):
     """The mixer of Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023.
 
     [u | z] = W_in x of E = expand D channels each; u <- silu(causal depthwise conv of u); [r | B | C] = W_x u;
-    Delta = softplus(W_dt r + b_dt), A = -exp(A_log); h_t = exp(Delta_t A) h_{t-1} + Delta_t u_t B_t, y_t = C_t . h_t + skip u_t;
-    W_out (y silu(z)). Weights have the names and shapes of the published module, but for what belongs to a direction, which is
-    under `scans.0.` (and `scans.1.` for the way back: Vim, Zhu et al., 2024), and W_dt and D, `dt_weight`, `dt_bias` and `skip`.
+    Delta = softplus(W_dt r + b_dt), A = -exp(A_log); h_t = exp(Delta_t A) h_{t-1} + Delta_t u_t B_t, y_t = C_t . h_t + D u_t;
+    W_out (y silu(z)). Weights have the names and shapes of the published module; what belongs to a direction is under `scans.0.`
+    (and `scans.1.` for the way back: Vim, Zhu et al., 2024).
 
     Args:
         state_size: R, of h per channel.
@@ -92,11 +92,9 @@ class SelectiveScan(nn.Module):
         self.rank, self.state_size, self.is_reversed = rank, state_size, is_reversed
         self.conv1d = nn.Conv1d(width, width, conv_width, groups=width)
         self.x_proj = Projection(width, rank + 2 * state_size)
-        # Parameters of this module and not a Linear: blocks initialise those they contain, and the step sizes must keep their start.
-        self.dt_weight = nn.Parameter(torch.empty(width, rank).uniform_(-(rank**-0.5), rank**-0.5))
-        self.dt_bias = nn.Parameter(step_bias(width))
+        self.dt_proj = StepSizes(rank, width)
         self.A_log = nn.Parameter(torch.arange(1, state_size + 1, dtype=torch.float32).log().repeat(width, 1))
-        self.skip = nn.Parameter(torch.ones(width))
+        self.D = nn.Parameter(torch.ones(width))
 
     def forward(
         self, u: Tensor, z: Tensor, tokens: Tensor | None = None, state: Tensor | None = None
@@ -118,13 +116,13 @@ class SelectiveScan(nn.Module):
             "tuple[Tensor, Tensor]",
             selective_scan(
                 u,
-                linear(r, self.dt_weight).to(u.dtype),
+                linear(r, self.dt_proj.weight).to(u.dtype),
                 -self.A_log.exp(),
                 B.to(u.dtype),
                 C.to(u.dtype),
-                self.skip,
+                self.D,
                 z.to(u.dtype),
-                self.dt_bias,
+                self.dt_proj.bias,
                 delta_softplus=True,
                 initial_state=state,
                 reverse=self.is_reversed,
@@ -132,6 +130,15 @@ class SelectiveScan(nn.Module):
             ),
         )
         return y, tokens, state
+
+
+class StepSizes(nn.Module):
+    """Weight and bias of W_dt. No nn.Linear: blocks initialise those they contain, and the step sizes must keep their start."""
+
+    def __init__(self, rank: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, rank).uniform_(-(rank**-0.5), rank**-0.5))
+        self.bias = nn.Parameter(step_bias(width))
 
 
 def step_bias(width: int) -> Tensor:

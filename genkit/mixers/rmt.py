@@ -6,10 +6,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Layout
+from genkit.kernels.retention.manhattan import manhattan
 from genkit.mixers.grids import dense_grid, depthwise, spatially, width_per_head
 
 
@@ -61,35 +61,16 @@ class RMT(nn.Module):
         grid = dense_grid(layout, "rmt", (2,))
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         local = spatially(self.local, v, grid)  # [B, N, D]
-        q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # [B, H, N, K]
-        q, k = self.turn(q), self.turn(k)
-        if self.form == "whole":
-            attended = scaled_dot_product_attention(q, k, v, attn_mask=self.bias(layout.coords[0]).to(q.dtype))
-        else:
-            attended = self.decomposed(q, k, v, grid)
-        return self.proj(attended.transpose(1, 2).flatten(2) + local)
-
-    def decomposed(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...]) -> Tensor:
-        q, k, v = (y.unflatten(2, grid).transpose(1, 2) for y in (q, k, v))  # [B, Y, H, X, K]
-        for axis in (1, 0):
-            if axis == 0:
-                q, k, v = (y.transpose(1, 3) for y in (q, k, v))  # [B, X, H, Y, K]
-            places = torch.arange(grid[axis], device=q.device).unsqueeze(1)
-            bias = self.bias(places).to(q.dtype)
-            mixed = scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=bias)
-            v = mixed.unflatten(0, v.shape[:2])
-        return v.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, H, N, K]
-
-    def bias(self, coords: Tensor) -> Tensor:
-        """coords [n, A] -> [H, n, n]"""
-        distance = torch.cdist(coords.float(), coords.float(), p=1)
-        return distance * self.log_decay[:, None, None]
+        q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in (q, k, v))  # [B, N, H, K] each
+        decay = self.log_decay.to(torch.promote_types(q.dtype, torch.float32))
+        attended = manhattan(self.turn(q), self.turn(k), v, decay, (grid[0], grid[1]), self.form == "decomposed")
+        return self.proj(attended.flatten(2) + local)
 
     def turn(self, x: Tensor) -> Tensor:
-        """x [..., N, K], channels (2i, 2i + 1) of token n turned by n 10000^(-i / (K / 2 - 1))."""
-        N, K = x.shape[-2:]
+        """x [B, N, H, K], channels (2i, 2i + 1) of token n turned by n 10000^(-i / (K / 2 - 1))."""
+        _, N, _, K = x.shape
         rates = 10_000.0 ** -torch.linspace(0, 1, K // 2, device=x.device, dtype=torch.float32)
-        angles = torch.arange(N, device=x.device).unsqueeze(1) * rates  # [N, K / 2]
+        angles = torch.arange(N, device=x.device).view(-1, 1, 1) * rates  # [N, 1, K / 2]
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)

@@ -24,8 +24,8 @@ class SSD(nn.Module):
 
     [z | x | B | C | dt] = W_in of E, E, G R, G R, H channels, E = expand D; x, B, C <- silu(causal depthwise conv);
     dt <- softplus(dt + dt_bias); S_t = exp(-dt_t e^(A_log)) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t per head;
-    W_out(RMSNorm(y silu(z))). Weights have the names and shapes of the published module, but for what belongs to a direction, which is
-    under `scans.0.` (and `scans.1.` for the way back, ours in the manner of Vim), and D, `skip`.
+    W_out(RMSNorm(y silu(z))). Weights have the names and shapes of the published module; what belongs to a direction is under `scans.0.`
+    (and `scans.1.` for the way back, ours in the manner of Vim).
 
     Args:
         head_dim: P, channels of E per head; None = a quarter of E, at most 64.
@@ -108,7 +108,7 @@ class Scan(nn.Module):
         self.conv1d = nn.Conv1d(convolved, convolved, conv_width, groups=convolved)
         self.dt_bias = nn.Parameter(step_bias(num_heads))
         self.A_log = nn.Parameter(torch.empty(num_heads).uniform_(1, 16).log())
-        self.skip = nn.Parameter(torch.ones(num_heads))
+        self.D = nn.Parameter(torch.ones(num_heads))
 
     def forward(
         self, rest: Tensor, tokens: Tensor | None = None, state: Tensor | None = None
@@ -138,7 +138,7 @@ class Scan(nn.Module):
                 x,
                 -dt * self.A_log.exp(),
                 dt=dt,
-                skip=self.skip,
+                skip=self.D,
                 initial_state=state,
                 reverse=self.is_reversed,
                 return_state=True,

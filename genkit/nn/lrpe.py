@@ -46,3 +46,19 @@ def lrpe(x: Tensor, angles: Tensor, flavour: str) -> Tensor:
         return torch.cat([x * cos, x * sin], dim=-1)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
+def lrpe_factors(q: Tensor, angles: Tensor, flavour: str) -> tuple[Tensor, Tensor]:
+    """Queries q [B, N, H, K] -> (r, f), both of width 2 K, so that lrpe(q) . lrpe(w) = r . (f [w, w]) for any w.
+
+    Where w is a softmax over tokens that a recurrence updates per channel, positions can so be put on what it sums instead of on w: a turn
+    would mix two channels that decay at different rates.
+    """
+    if flavour == "cosine":
+        cos, sin = angles.cos(), angles.sin()
+        return lrpe(q, angles, flavour), torch.cat([cos, sin], dim=-1).to(q.dtype)
+    turned = lrpe(q, angles, flavour)
+    a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
+    aside = torch.stack([b, -a], dim=-1).flatten(-2)
+    pairs = angles.repeat_interleave(2, dim=-1)
+    return torch.cat([turned, aside], dim=-1), torch.cat([pairs.cos(), pairs.sin()], dim=-1).to(q.dtype)
