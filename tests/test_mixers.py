@@ -35,6 +35,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"is_causal": True},
         {"is_causal": True, "positions": "cosine", "gate_rank": 3},
     ],
+    "local_plus": [{}, {"mixer": {"type": "gla"}, "kernel_size": 5}],
+    "multi_scan": [
+        {},
+        {"orders": ["raster", "reversed-raster"], "combine": "sum"},
+        {"orders": ["hilbert", "reversed-hilbert"], "combine": "share", "mixer": {"type": "retention"}},
+    ],
     "mamba": [
         {},
         {"is_bidirectional": True, "state_size": 5},
