@@ -16,6 +16,9 @@ def tokenizer_of(config: Mapping[str, Any], device: Any = "cpu") -> tuple[Any, s
     from genkit.pipeline import open_run
     from genkit.weights import module_sha256
 
+    if "type" in config["tokenizer"]:  # nothing to train
+        channels = registry.build("data", config["data"]).info.shape[0]
+        return registry.build("tokenizer", config["tokenizer"], image_channels=channels), ""
     source = config["tokenizer"]["from"]
     try:
         pipeline = open_run(source, device=device)
@@ -29,8 +32,11 @@ def token_dataset(config: Mapping[str, Any], tokenizer: Any, fingerprint: str, r
     from genkit.console import Progress
     from genkit.data import cache as store
     from genkit.data.tokens import Tokens
+    from genkit.data.untokenized import Pixelwise
 
     dataset = registry.build("data", config["data"])
+    if "type" in config["tokenizer"]:
+        return Pixelwise(dataset)
     name = f"{config['data']['type']}-{Path(config['tokenizer']['from']).name}"
     with Progress(total=len(dataset), unit="images", title=f"caching {name}") as progress:
         done = 0
@@ -62,6 +68,8 @@ def cache(
         raise UsageError(
             f"{resolved.file} trains a tokenizer; caching needs the recipe of a generator (with a section `backbone`)"
         )
+    if "type" in resolved["tokenizer"]:
+        raise UsageError(f"{resolved.file} works on pixels; there is nothing to encode")
     tokenizer, fingerprint = tokenizer_of(resolved, device or "cpu")
     tokens = token_dataset(resolved, tokenizer, fingerprint, Path(out), device or "cpu")
     figures = {

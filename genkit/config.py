@@ -73,8 +73,15 @@ class Sampler(_Section):
     guidance: float = Field(
         1.0, ge=0, description="classifier-free guidance, 1 = off: out = uncond + guidance (cond - uncond)"
     )
-    guidance_schedule: Literal["constant", "linear"] = Field(
-        "constant", description="linear: from 1 to guidance with the fraction already known"
+    guidance_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="linear, cosine: from 1 to guidance with the fraction already known, or with the noise removed",
+    )
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0), description="of latents: guided only while t, 0 = data and 1 = noise, is in it"
+    )
+    guidance_channels: int | None = Field(
+        None, ge=1, description="of latents: only so many channels are guided; DiT and SiT were published with 3"
     )
 
 
@@ -264,11 +271,14 @@ def check(data: dict[str, Any], file: str = "", places: dict[str, str] | None = 
     config["data"] = registry.check("data", data["data"], "data", config.where)
     tokenizer = data.get("tokenizer")
     if data.get("backbone"):
-        if not isinstance(tokenizer, dict) or set(tokenizer) != {"from"}:
+        if tokenizer == {"type": "pixels"}:
+            config["tokenizer"] = dict(tokenizer)
+        elif isinstance(tokenizer, dict) and set(tokenizer) == {"from"}:
+            config["tokenizer"] = {"from": str(tokenizer["from"])}
+        else:
             raise UsageError(
-                f"a generator needs a trained tokenizer: tokenizer: {{from: runs/NAME}}, found {tokenizer!r}{at('tokenizer')}"
+                f"a generator needs a trained tokenizer, tokenizer: {{from: runs/NAME}}, or none, {{type: pixels}}; found {tokenizer!r}{at('tokenizer')}"
             )
-        config["tokenizer"] = {"from": str(tokenizer["from"])}
         config["backbone"] = registry.check("backbone", data["backbone"], "backbone", config.where)
     else:
         config["tokenizer"] = registry.check("tokenizer", tokenizer, "tokenizer", config.where)

@@ -22,8 +22,25 @@ Cond = Mapping[str, "Tensor"]
 # The sampler decides when to refresh it, the mixer (under its own layer number) what is kept.
 Cache = dict[Any, Any]
 
-# (x_t [B, C, *grid], t []) -> (x0, noise), both shaped like x_t. The one form VP, VE, EDM and straight flow share.
-Predict = Callable[["Tensor", "Tensor"], "tuple[Tensor, Tensor]"]
+
+class Path(Protocol):
+    """How much data and noise are in x_t = alpha(t) x0 + sigma(t) noise: t = 0 is data, 1 noise. See genkit/nn/paths.py."""
+
+    least: float  # the smallest t that a model along this path knows
+
+    def alpha(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+    def times(self, num_steps: int) -> Tensor: ...
+
+
+class Predict(Protocol):
+    """(x_t [B, C, *grid], t [] or [B]) -> (x0, noise), both shaped like x_t, and of a model with learned variances a third tensor. The one form VP, VE,
+    EDM and straight flow share."""
+
+    path: Path
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, ...]: ...
+
 
 # (ids [B, Q, *grid], known [B, Q, *grid] bool, cache) -> logits [B, Q, *grid, S]. Where known is False the value of ids is ignored.
 PredictIds = Callable[["Tensor", "Tensor", "Cache | None"], "Tensor"]

@@ -22,7 +22,7 @@ from torch import Tensor
 from genkit import registry
 from genkit.checkpoint import find_run
 from genkit.errors import GenkitError, UsageError
-from genkit.guidance import guide
+from genkit.guidance import Guidance, guide
 from genkit.interfaces import OnStep
 from genkit.nn.layout import dense_layout
 from genkit.rng import Rng
@@ -115,7 +115,7 @@ class GeneratorPipeline(DiffusionPipeline):
 
         Returns: [B, C, Y, X] in [-1, 1].
         """
-        spec = {k: v for k, v in self.sampler.items() if k not in ("guidance", "guidance_schedule")}
+        spec = {k: v for k, v in self.sampler.items() if not k.startswith("guidance")}
         if steps is not None:
             if steps < 1:
                 raise UsageError(f"steps={steps}: a sampler takes at least one step")
@@ -129,8 +129,7 @@ class GeneratorPipeline(DiffusionPipeline):
             self.backbone,
             {"label": labels.to(self.device)},
             dense_layout(self.grid, device=self.device),
-            strength=self.sampler["guidance"] if guidance is None else guidance,
-            schedule=self.sampler["guidance_schedule"],
+            self.guidance(guidance),
         )
         if objective.target == "ids":
             start = torch.full((len(labels), self.tokenizer.num_levels, *self.grid), -1, device=self.device)
@@ -139,6 +138,17 @@ class GeneratorPipeline(DiffusionPipeline):
             start = rng.fork("start").normal(self.tokenizer.channels, *self.grid)
             z = sampler(predict, start, rng, on_step)
         return self.tokenizer.decode(z).clamp(-1, 1)
+
+    def guidance(self, strength: float | None = None) -> Guidance:
+        """The recipe's guidance, or this strength of it. Raises UsageError for guidance of a model without classes."""
+        # Pipelines saved before an option existed do not hold it.
+        own = {k.removeprefix("guidance_"): v for k, v in self.sampler.items() if k.startswith("guidance_")}
+        strength = self.sampler["guidance"] if strength is None else strength
+        if strength != 1 and not self.num_classes:
+            raise UsageError(
+                f"guidance {strength:g} of a model that was trained without classes: there is nothing to guide towards; use 1"
+            )
+        return Guidance(strength, **own | {"interval": tuple(own.get("interval", (0.0, 1.0)))})
 
     def check_labels(self, labels: Tensor) -> Tensor:
         """Raises UsageError for a label that is no class of this model."""

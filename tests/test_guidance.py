@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genkit.guidance import guide
+from genkit.guidance import Guidance, guide
 from genkit.interfaces import Layout
 from genkit.nn.layout import dense_layout
 
@@ -43,7 +43,7 @@ class Spy:
 @pytest.mark.parametrize("strength", [0.0, 0.5, 2.0, 4.5])
 def test_logits_are_extrapolated_from_null_to_label(strength):
     spy = Spy("ids")
-    logits = guide(spy, None, {"label": LABELS}, LAYOUT, strength)(IDS, IDS > 0, None)
+    logits = guide(spy, None, {"label": LABELS}, LAYOUT, Guidance(strength))(IDS, IDS > 0, None)
     expected = -1 + strength * (LABELS + 1.0)
     torch.testing.assert_close(logits, expected.view(3, 1, 1, 1, 1).expand(3, 1, 2, 2, 2))
     assert spy.batch_sizes == [6]
@@ -52,7 +52,7 @@ def test_logits_are_extrapolated_from_null_to_label(strength):
 @pytest.mark.parametrize("target", ["ids", "z"])
 def test_strength_one_is_one_plain_pass(target):
     spy = Spy(target)
-    predict = guide(spy, None, {"label": LABELS}, LAYOUT, 1.0)
+    predict = guide(spy, None, {"label": LABELS}, LAYOUT, Guidance(1.0))
     predict(*((IDS, IDS > 0, None) if target == "ids" else (torch.zeros(3, 1, 2, 2), torch.tensor(0.5))))
     assert spy.batch_sizes == [3]
 
@@ -61,7 +61,7 @@ def test_linear_schedule_grows_with_each_samples_known_fraction():
     known = torch.zeros(3, 1, 2, 2, dtype=torch.bool)
     known[1, 0, 0] = True  # half
     known[2] = True
-    predict = guide(Spy("ids"), None, {"label": LABELS}, LAYOUT, 5.0, "linear")
+    predict = guide(Spy("ids"), None, {"label": LABELS}, LAYOUT, Guidance(5.0, "linear"))
     found = predict(IDS, known, None) - Spy("ids").predictor(None, {"label": LABELS * 0}, LAYOUT)(IDS, known)
     weight = torch.tensor([1.0, 3.0, 5.0])
     torch.testing.assert_close(found[:, 0, 0, 0, 0], -1 + weight * (LABELS + 1.0))
@@ -69,7 +69,7 @@ def test_linear_schedule_grows_with_each_samples_known_fraction():
 
 def test_both_estimates_of_a_latent_are_guided_and_the_path_is_kept():
     x_t = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    predict = guide(Spy("z"), None, {"label": LABELS}, LAYOUT, 3.0)
+    predict = guide(Spy("z"), None, {"label": LABELS}, LAYOUT, Guidance(3.0))
     x0, noise = predict(x_t, torch.tensor(0.5))
     shift = (-1 + 3 * (LABELS + 1.0)).view(3, 1, 1, 1)
     torch.testing.assert_close(x0, x_t + shift)
@@ -80,8 +80,8 @@ def test_both_estimates_of_a_latent_are_guided_and_the_path_is_kept():
 def test_layout_of_single_samples_is_doubled_and_shared_coordinates_are_not():
     own = Layout(coords=torch.rand(3, 4, 2), grid=None, valid=torch.ones(3, 4, dtype=torch.bool))
     spy = Spy("ids")
-    guide(spy, None, {"label": LABELS}, own, 2.0)
-    guide(spy, None, {"label": LABELS}, LAYOUT, 2.0)
+    guide(spy, None, {"label": LABELS}, own, Guidance(2.0))
+    guide(spy, None, {"label": LABELS}, LAYOUT, Guidance(2.0))
     assert spy.layouts[0].coords.shape == (6, 4, 2)
     assert spy.layouts[0].valid is not None
     assert spy.layouts[0].valid.shape == (6, 4)

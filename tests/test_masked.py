@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from genkit.backbones.masked import Masked as Backbone
 from genkit.errors import UsageError
-from genkit.guidance import guide
+from genkit.guidance import Guidance, guide
 from genkit.interfaces import Layout
 from genkit.nn.layout import dense_layout
 from genkit.objectives.masked import Masked as Objective
@@ -287,7 +287,7 @@ def test_sample_does_not_depend_on_its_batch():
 
     def draw(first: int, count: int) -> Tensor:
         cond = {"label": LABELS[first : first + count]}
-        predict = guide(objective, model, cond, LAYOUT, 2.0, "linear")
+        predict = guide(objective, model, cond, LAYOUT, Guidance(2.0, "linear"))
         return sampler(predict, torch.full((count, 1, 3, 4), -1), Rng.at(0, first, count))
 
     with torch.no_grad():
@@ -376,7 +376,7 @@ def test_generator_learns_classes_and_neighbours():
         loss.backward()
         optimizer.step()
     assert loss < 0.5  # the unigram entropy is ln 8 = 2.1
-    predict = guide(objective, model.eval(), {"label": label}, LAYOUT, 3.0)
+    predict = guide(objective, model.eval(), {"label": label}, LAYOUT, Guidance(3.0))
     with torch.no_grad():
         out = Sampler(num_steps=4)(predict, torch.full_like(target, -1), Rng.at(1, 0, 32))
     assert (out == target).float().mean() > 0.95

@@ -1,0 +1,42 @@
+"""Images as the tokens of a generator that works on pixels: nothing is encoded, nothing is written to disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from genkit.data.loader import take
+from genkit.interfaces import Dataset
+from genkit.rng import Rng
+
+
+class Pixelwise:
+    """The dataset with its images called "z"; `meta` as of a token cache."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.info = dataset, dataset.info
+        self.meta: dict[str, Any] = {"grid": list(dataset.info.shape[1:]), "stride": 1}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _renamed(dict(self.dataset[index]))
+
+    def __getitems__(self, indices: np.ndarray) -> dict[str, Any]:
+        return _renamed(take(self.dataset, indices))
+
+    def fetch(self, indices: np.ndarray, rng: Rng) -> dict[str, Any]:
+        """As the dataset fetches while training, flips and all."""
+        if hasattr(self.dataset, "fetch"):
+            return _renamed(self.dataset.fetch(indices, rng))
+        return self.__getitems__(indices)
+
+    def note(self, skipped: Any) -> None:
+        if hasattr(self.dataset, "note"):
+            self.dataset.note(skipped)
+
+
+def _renamed(batch: dict[str, Any]) -> dict[str, Any]:
+    return {"z" if name == "x" else name: value for name, value in batch.items()}

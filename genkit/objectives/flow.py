@@ -1,0 +1,85 @@
+"""Velocities along a path from data to noise (Lipman et al., "Flow Matching", 2023; Liu et al., "Rectified Flow", 2022; Ma et al., "SiT", 2024)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from genkit.errors import UsageError
+from genkit.interfaces import Cond, Layout, Predict
+from genkit.nn.paths import Predictor, Straight, Trigonometric, along
+from genkit.objectives.denoising import drop_labels, per_sample
+from genkit.rng import Rng
+
+
+class Flow:
+    """Mean squared error of the velocity dx_t / dt = alpha'(t) x0 + sigma'(t) noise.
+
+    Args:
+        path: "straight" (rectified flow), or "trigonometric" of constant variance (SiT's GVP).
+        time: how t is drawn while training. "uniform", or "logit_normal" with time_mean and time_std (Esser et al., 2024, eq. 19; a larger mean sees more
+            noise).
+        cond_drop: probability in [0, 1] that a label is dropped, which trains the null class.
+        towards: what the network's time and velocity mean. "noise": as here, t = 1 is noise. "data": it is told 1 - t and gives -dx_t / dt, as the
+            weights of SiT and FiTv2.
+        shift: of the sampling times, see nn.paths.Straight.
+    """
+
+    target = "z"
+
+    def __init__(
+        self,
+        *,
+        path: Literal["straight", "trigonometric"] = "straight",
+        time: Literal["uniform", "logit_normal"] = "uniform",
+        time_mean: float = 0.0,
+        time_std: float = 1.0,
+        cond_drop: float = 0.1,
+        towards: Literal["noise", "data"] = "noise",
+        shift: float = 1.0,
+    ):
+        if not 0 <= cond_drop <= 1:
+            raise UsageError(f"objective.cond_drop={cond_drop} must be in [0, 1]")
+        for name, value in (("time_std", time_std), ("shift", shift)):
+            if value <= 0:
+                raise UsageError(f"objective.{name}={value} must be positive")
+        self.path = Straight(shift) if path == "straight" else Trigonometric(shift)
+        self.time, self.time_mean, self.time_std = time, time_mean, time_std
+        self.cond_drop, self.towards = cond_drop, towards
+
+    def __call__(self, model: Any, target: Tensor, cond: Cond, layout: Layout, rng: Rng) -> dict[str, Tensor]:
+        """{"velocity": [B]} for latents target [B, C, *grid]."""
+        t = self.draw_time(rng)  # [B]
+        noise = rng.fork("noise").normal(*target.shape[1:])
+        x_t = along(self.path.alpha(t), target) * target + along(self.path.sigma(t), target) * noise
+        d_alpha, d_sigma = self.path.slopes(t)
+        velocity = along(d_alpha, target) * target + along(d_sigma, target) * noise
+        found = self.velocity(model, x_t, t, drop_labels(cond, self.cond_drop, rng), layout)
+        return {"velocity": per_sample((found.float() - velocity).square())}
+
+    def draw_time(self, rng: Rng) -> Tensor:
+        """t [B] float64."""
+        if self.time == "uniform":
+            return rng.fork("time").uniform().double()
+        return torch.sigmoid(self.time_mean + self.time_std * rng.fork("time").normal().double())
+
+    def velocity(self, model: Any, x_t: Tensor, t: Tensor, cond: Cond, layout: Layout) -> Tensor:
+        """dx_t / dt [B, C, *grid]. A network with variances beside has them cut off: a flow has no use for them."""
+        told = (t if self.towards == "noise" else 1 - t).float().expand(len(x_t))
+        out = model(x_t, told, cond, layout)[:, : x_t.shape[1]]
+        return out if self.towards == "noise" else -out
+
+    def predictor(self, model: Any, cond: Cond, layout: Layout) -> Predict:
+        """(x_t [B, C, *grid], t [] or [B]) -> (x0, noise)."""
+
+        def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            v = self.velocity(model, x_t, t, cond, layout).float()
+            alpha, sigma = along(self.path.alpha(t), x_t), along(self.path.sigma(t), x_t)
+            d_alpha, d_sigma = (along(slope, x_t) for slope in self.path.slopes(t))
+            # x_t and v are two equations in x0 and noise; their determinant is 1, or pi / 2.
+            determinant = alpha * d_sigma - d_alpha * sigma
+            return (d_sigma * x_t - sigma * v) / determinant, (alpha * v - d_alpha * x_t) / determinant
+
+        return Predictor(self.path, predict)
