@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from genkit import native
+from genkit.kernels.block_sparse_attention.gradient import connect
 from genkit.kernels.block_sparse_attention.pattern import Pattern
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,20 +47,6 @@ def _forward(
     call = native.function("block_sparse_attention", "attend_forward", "p" * 11 + "i" * 9 + "f")
     call(wide_q, wide_k, wide_v, *lists[:4], _transposed(lists[8]), _contiguous(valid), o, lse, *sizes, scale)
     return o[..., :V].to(q.dtype, copy=False).contiguous(), lse
-
-
-@_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: list[Tensor],
-    num_maps: list[int],
-    block_size: int,
-    scale: float,
-    valid: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("genkit::block_sparse_attention_cpu_backward", mutates_args=(), device_types="cpu")
@@ -103,45 +89,13 @@ def _backward(
     return tuple(d.to(q.dtype, copy=False).contiguous() for d in found)  # type: ignore[return-value]
 
 
-@_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    do: Tensor,
-    dlse: Tensor | None,
-    lists: list[Tensor],
-    num_maps: list[int],
-    block_size: int,
-    scale: float,
-    valid: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.lists, ctx.num_maps, ctx.block_size, ctx.scale, valid = inputs
-    ctx.save_for_backward(q, k, v, *output, valid)
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, o, lse, valid = ctx.saved_tensors
-    do = torch.zeros_like(o) if do is None else do
-    found = _backward(
-        q, k, v, o, lse, do, dlse, ctx.lists, ctx.num_maps, ctx.block_size, ctx.scale, valid
-    )
-    return (*found, [None] * len(ctx.lists), None, None, None, None)
-
-
-_forward.register_autograd(_gradients, setup_context=_save)
+connect(_forward, _backward)
 
 
 def _widened(x: Tensor) -> Tensor:
     """Contiguous float32, the last axis filled with zeros to a multiple of 16: whole vectors of every instruction set. Zeros change no product."""
-    return pad(x, (0, -x.shape[-1] % 16)).float().contiguous()
+    missing = -x.shape[-1] % 16
+    return (pad(x, (0, missing)) if missing else x).float().contiguous()
 
 
 def _transposed(masks: Tensor) -> Tensor:

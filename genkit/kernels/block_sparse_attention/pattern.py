@@ -109,11 +109,15 @@ def build(rule: Rule | int, block_size: int = 64, *, blocks: Tensor | None = Non
     device, blocks = blocks.device, blocks.cpu()
     blocks = blocks.reshape(*[1] * (4 - blocks.ndim), *blocks.shape)
     touched, covered = _bounds(rule, block_size)
-    i, j = (touched & blocks.any(0).any(0)).nonzero(as_tuple=True)  # blocks of which one map at least may need something
+    i, j = (touched & blocks.any(0).any(0)).nonzero(
+        as_tuple=True
+    )  # blocks of which one map at least may need something
     kind, masks, seen = _judge(rule, block_size, i, j, covered[i, j])
     used = blocks.flatten(0, 1)[:, i, j] & (kind > -2)  # [G, candidates]
     g, c = used.nonzero(as_tuple=True)
-    pattern = _assemble((N, L, block_size), (blocks.shape[0], blocks.shape[1]), (g, i[c], j[c], kind[c]), masks, seen[c])
+    pattern = _assemble(
+        (N, L, block_size), (blocks.shape[0], blocks.shape[1]), (g, i[c], j[c], kind[c]), masks, seen[c]
+    )
     return pattern.to(device)
 
 
@@ -224,8 +228,7 @@ def _distinct(masks: Tensor) -> tuple[Tensor, Tensor]:
         0, number, torch.arange(len(masks)), "amin"
     )
     if not all(
-        torch.equal(part, masks[first[n]])
-        for part, n in zip(masks.split(1024), number.split(1024), strict=True)
+        torch.equal(part, masks[first[n]]) for part, n in zip(masks.split(1024), number.split(1024), strict=True)
     ):
         return masks, torch.arange(len(masks))  # two different masks with one key: keep all
     return masks[first], number
