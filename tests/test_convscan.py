@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from genkit.kernels.convscan.op import convscan
+from genkit.kernels.s5.op import s5
+from tests.parity import assert_agrees
+
+
+@pytest.fixture(autouse=True)
+def _below(monkeypatch):
+    """Not through Triton's interpreter, which would be preferred and is slow."""
+    monkeypatch.setenv("GENKIT_KERNEL", "torch")
+
+
+def some(B: int, D: int, F: int, Y: int, X: int, P: int, k: int, O: int = 2) -> dict[str, torch.Tensor]:  # noqa: E741
+    random = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=random)  # noqa: E731
+    pair = lambda *shape: torch.complex(draw(*shape), draw(*shape))  # noqa: E731
+    return {
+        "u": draw(B, D, F, Y, X),
+        "decay": torch.polar(draw(P).sigmoid(), draw(P)),
+        "B": pair(P, D, k, k),
+        "C": pair(O, P, k, k),
+        "state": pair(B, P, Y, X),
+    }
+
+
+@pytest.mark.parametrize("below", ["torch", "cpu"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1, 1), (2, 3, 7, 5, 4, 6, 3), (1, 2, 40, 3, 2, 5, 3)])
+def test_it_equals_the_reference(shape, below, monkeypatch):
+    monkeypatch.setenv("GENKIT_KERNEL", below)
+    assert_agrees(lambda **x: convscan(**x, return_state=True), "torch", some(*shape))
+
+
+def test_frame_by_frame_is_the_same():
+    x = some(2, 3, 6, 5, 4, 4, 3)
+    whole, last = convscan(**x, return_state=True)
+    state, frames = x.pop("state"), []
+    for t in range(6):
+        y, state = convscan(**x | {"u": x["u"][:, :, t : t + 1]}, state=state, return_state=True)
+        frames.append(y)
+    torch.testing.assert_close(torch.cat(frames, 2), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_of_one_pixel_are_s5_at_every_pixel():
+    x = some(1, 3, 8, 2, 2, 4, 1, 3)
+    y = convscan(**x)
+    for row, column in ((0, 1), (1, 0)):
+        at = s5(
+            x["u"][..., row, column].mT,
+            x["decay"],
+            x["B"][..., 0, 0],
+            x["C"][..., 0, 0],
+            state=x["state"][..., row, column],
+        )
+        torch.testing.assert_close(y[..., row, column].mT, at, rtol=1e-5, atol=1e-5)
+
+
+def test_what_does_not_fit_is_named():
+    x = some(1, 3, 4, 5, 5, 4, 3)
+    with pytest.raises(ValueError, match="convscan: B must end in k x k with k odd"):
+        convscan(**x | {"B": x["B"][..., :2, :2]})
+    with pytest.raises(ValueError, match=r"convscan: C must be \[2, 4, 3, 3\] .* got \[2, 3, 3, 3\]"):
+        convscan(**x | {"C": x["C"][:, :3]})
+    with pytest.raises(ValueError, match=r"convscan: u must be \[B, D, F, Y, X\]"):
+        convscan(**x | {"u": x["u"][0]})
