@@ -70,6 +70,7 @@ SEED = argument("--seed", type=int, default=0, help="the same seed gives the sam
 STEPS = argument("--steps", type=int, help="sampler steps (default: the recipe's)")
 GUIDANCE = argument("--guidance", type=float, help="classifier-free guidance strength (default: the recipe's)")
 RAW = argument("--raw", action="store_true", help="the weights as trained, not their moving average")
+LAUNCH = argument("--launch", type=int, metavar="N", help="share the images out over N processes of this machine")
 BATCH_SIZE = argument(
     "--batch-size", type=int, default=64, help="images at a time; the result stays the same (default: 64)"
 )
@@ -366,11 +367,12 @@ def import_(args: argparse.Namespace) -> Answer:
         "-o",
         "--out",
         metavar="PATH",
-        help="the report as JSON (default: in the run, eval/STEP.json); with --compare: a folder",
+        help="the report as JSON (default: in the run, eval/STEP.json; of images, beside them); with --compare: a folder",
     ),
     argument("--verify", action="store_true", help="evaluate again what a report is about, and say what differs"),
     argument("--compare", action="store_true", help="put reports side by side, and draw curves with -o"),
     argument("--tolerance", type=float, default=1e-4, help="of --verify, relative (default: 1e-4)"),
+    LAUNCH,
     SEED,
     STEPS,
     GUIDANCE,
@@ -391,30 +393,37 @@ def eval_(args: argparse.Namespace) -> Answer:
     if len(args.targets) != 1:
         what = "a report" if args.verify else "a run, a folder or zip of images, or an npz"
         raise UsageError(f"eval takes {what}, got {len(args.targets)} targets; `--compare` takes several")
+    if args.launch is not None:
+        raise SystemExit(_launch(args))
+    from genkit.launch import joined
+
     if args.verify:
-        found = comparing.verify(
-            args.targets[0], tolerance=args.tolerance, device=args.device, batch_size=args.batch_size
-        )
+        with joined(args.device):
+            found = comparing.verify(
+                args.targets[0], tolerance=args.tolerance, device=args.device, batch_size=args.batch_size
+            )
         return Answer(found, comparing.render_verification(found), 0 if found["same"] else 1)
     from genkit.evaluation import evaluate
 
-    report = evaluate(
-        args.targets[0],
-        reference=args.ref,
-        metrics=args.metrics.split(",") if args.metrics else None,
-        protocol=args.protocol,
-        count=args.count,
-        labels=args.labels,
-        weights=args.weights,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        steps=args.steps,
-        guidance=args.guidance,
-        ema=not args.raw,
-        device=args.device,
-        out=args.out,
-    )
-    return Answer(report.to_dict(), str(report))
+    with joined(args.device):
+        report = evaluate(
+            args.targets[0],
+            reference=args.ref,
+            metrics=args.metrics.split(",") if args.metrics else None,
+            protocol=args.protocol,
+            count=args.count,
+            labels=args.labels,
+            weights=args.weights,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            steps=args.steps,
+            guidance=args.guidance,
+            ema=not args.raw,
+            device=args.device,
+            out=args.out,
+        )
+    text = f"{report}\nreport: {report.path}" if report.path else str(report)
+    return Answer(report.to_dict(), text)
 
 
 @verb(
@@ -434,22 +443,27 @@ def eval_(args: argparse.Namespace) -> Answer:
     ),
     argument("--weights", metavar="FILE", help="weights of the feature net"),
     argument("-n", "--count", type=int, help="images from the front (default: all)"),
+    LAUNCH,
     BATCH_SIZE,
     DEVICE,
 )
 def stats(args: argparse.Namespace) -> Answer:
+    if args.launch is not None:
+        raise SystemExit(_launch(args))
+    from genkit.launch import joined
     from genkit.stats import stats
 
-    found = stats(
-        args.path,
-        args.out,
-        format=args.format,
-        features=args.features,
-        weights=args.weights,
-        count=args.count,
-        batch_size=args.batch_size,
-        device=args.device,
-    )
+    with joined(args.device):
+        found = stats(
+            args.path,
+            args.out,
+            format=args.format,
+            features=args.features,
+            weights=args.weights,
+            count=args.count,
+            batch_size=args.batch_size,
+            device=args.device,
+        )
     return Answer(found, f"{found['out']}: {found['images']} images, {found['net']}, format {found['format']}")
 
 

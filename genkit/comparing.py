@@ -113,6 +113,8 @@ def _target(path: Path, settings: dict[str, Any]) -> Path:
     if "step" in settings and (run / "config.resolved.yaml").is_file():
         return run / "checkpoints" / f"{settings['step']:07d}"
     target = Path(settings["target"])
+    if not target.exists() and (path.parent / target.name).exists():
+        target = path.parent / target.name  # reports of images lie beside them
     if not target.exists():
         raise GenkitError(f"{path} is about {target}, which is not here; run this where it is")
     if "step" in settings and (target / "config.resolved.yaml").is_file():
@@ -181,11 +183,13 @@ def _curves(reports: dict[Path, Report], file: Path) -> list[str]:
             for row in report.rows:
                 lines = series.setdefault((row["metric"], row["comparable"]), {})
                 lines.setdefault(others, []).append((place, row["value"]))
-        panels += [
-            (axis, metric, lines)
-            for (metric, _), lines in series.items()
-            if any(len({x for x, _ in points}) > 1 for points in lines.values())
-        ]
+        for (metric, _), lines in series.items():
+            curved = {others: points for others, points in lines.items() if len({x for x, _ in points}) > 1}
+            # A single point says something only of a run that has no curve here.
+            runs = {others[0] for others in curved}
+            shown = {others: points for others, points in lines.items() if others in curved or others[0] not in runs}
+            if curved:
+                panels.append((axis, metric, shown))
     if not panels:
         return []
     if not is_installed("matplotlib"):
@@ -201,7 +205,7 @@ def _curves(reports: dict[Path, Report], file: Path) -> list[str]:
         for others, points in lines.items():
             ordered = sorted(points)
             label = ", ".join(
-                f"{name} {value}" if name in _AXES else str(value)
+                f"{_AXES[name]} {value:g}" if name in _AXES else str(value)
                 for name, value in zip([n for n in ("run", *_AXES) if n != axis], others, strict=True)
                 if value is not None
             )

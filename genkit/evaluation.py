@@ -8,9 +8,13 @@ number of processes.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import platform
+import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +75,8 @@ def evaluate(
         steps, guidance: instead of the sampler's own.
         ema: averaged weights where the target is a path and has some.
         device: by default a path is evaluated on the GPU where there is one, a pipeline object where it is.
-        out: file for the report as JSON; of a run directory by default eval/STEP.json in it, or eval/STEP-PROTOCOL-COUNT.json where protocol,
-            metrics, reference or count are not the run's own.
+        out: file for the report as JSON. By default, of a run directory eval/STEP.json in it, or eval/STEP-PROTOCOL-COUNT.json where protocol,
+            metrics, reference or count are not the run's own; of images NAME.eval-... beside them. A pipeline object has no such place.
 
     Raises: UsageError or GenkitError, one line each, for a target, reference or metric that cannot be used.
     """
@@ -93,11 +97,15 @@ def evaluate(
     rank, world = _processes()
     if total < world:
         raise UsageError(f"{total} images cannot be shared out over {world} processes; use fewer processes")
-    specs, unasked = _with_kid(specs, plan, total)
+    opened = {
+        word: _open_reference(word, subject.data)
+        for word in dict.fromkeys(s["reference"] for s in specs if "reference" in s)
+    }
+    specs, unasked = _with_kid(specs, plan, total, opened)
     measured = [registry.build("metrics", spec) for spec in specs]
     _share(measured)
 
-    compared, missed, notes = _feed_references(measured, unasked, subject.data, rank, world, batch_size, place)
+    compared, missed, notes = _feed_references(measured, unasked, opened, rank, world, batch_size, place)
     specs, measured = ([x for i, x in enumerate(xs) if i not in missed] for xs in (specs, measured))
     settings = {
         "target": str(target) if isinstance(target, str | Path) else type(target).__name__,
@@ -114,12 +122,16 @@ def evaluate(
         "ema": ema,
         **subject.identity,
     }
-    if out is None and subject.record is not None:
+    unsaved = []
+    if out is not None:
+        out = Path(out)
+    elif subject.record is not None:
         # What is not the run's own evaluation has a name of its own, and leaves that one alone.
-        asked = protocol or "-".join(spec["type"] for spec in specs)
         is_own = protocol is None and metrics is None and reference is None and count is None
-        out = subject.record if is_own else subject.record.with_stem(f"{subject.record.stem}-{asked}-{total}")
-    out = Path(out) if out is not None else None
+        asked = protocol or _shortened("-".join(spec["type"] for spec in specs))
+        out = subject.record if is_own else _renamed(subject.record, asked, total, reference)
+        if not _is_writable(out.parent):
+            unsaved, out = [f"the report is not kept: {out.parent} cannot be written to; name a file with -o"], None
     partial = Partial(out, settings, rank, world)
     first, last = total * rank // world, total * (rank + 1) // world
     done = partial.restore(measured)
@@ -139,7 +151,7 @@ def evaluate(
         if world > 1:
             subject.gather()
         report = _report(subject, plan, measured, compared, total)
-        report.notes += [f"reference: {note}" for note in notes]
+        report.notes += [f"reference: {note}" for note in notes] + _notes_of_shapes(subject, measured, opened) + unsaved
         if rank == 0 and out is not None:
             report.notes += _pictures(subject, measured, out)
     report.settings = settings | {
@@ -196,17 +208,42 @@ def _how_many(subject: Subject, plan: Protocol | None, count: int | None, specs:
     return count or min([subject.count, *limits])
 
 
-def _with_kid(specs: list[dict[str, Any]], plan: Protocol | None, total: int) -> tuple[list[dict[str, Any]], set[int]]:
+@dataclass(frozen=True)
+class _Opened:
+    """A reference: a file of statistics, or images, or a file that holds both."""
+
+    file: references.Reference | None
+    images: sources.Images | None
+
+    @property
+    def count(self) -> int | None:
+        """Number of images; None = the file does not say."""
+        if self.file is not None:
+            return self.file.count or None
+        return self.images.count if self.images is not None else None
+
+
+def _open_reference(word: str, data: dict[str, Any] | None) -> _Opened:
+    if Path(word).suffix.lower() != ".npz":
+        return _Opened(None, sources.find(word, data))
+    file = references.read(word)
+    return _Opened(file, file.images)
+
+
+def _with_kid(
+    specs: list[dict[str, Any]], plan: Protocol | None, total: int, opened: dict[str, _Opened]
+) -> tuple[list[dict[str, Any]], set[int]]:
     """The specs, and the numbers of those nobody asked for: a KID beside every Fréchet distance of too few images to be called FID."""
-    if total >= max(FID_COUNT, plan.count if plan else 0):
-        return specs, set()
     added: list[dict[str, Any]] = []
     for spec in specs:
         if spec["type"] != "frechet" or not spec["features"].startswith("inception-2015"):
             continue
+        against = opened[spec["reference"]].count or FID_COUNT
+        if total >= max(FID_COUNT, plan.count if plan else 0) and against >= FID_COUNT:
+            continue
         shared = {name: spec[name] for name in ("features", "reference", "weights")}
         if not any(s["type"] == "kid" and s.items() >= shared.items() for s in [*specs, *added]):
-            subsets = 100 if total >= 1000 else None
+            subsets = 100 if min(total, against) >= 1000 else None
             added.append(registry.check("metrics", {"type": "kid", "subsets": subsets, **shared}, "metrics"))
     return [*specs, *added], set(range(len(specs), len(specs) + len(added)))
 
@@ -235,7 +272,7 @@ def _feed(measured: list[Any], batch: dict[str, Any], number: Tensor, total: int
 def _feed_references(
     measured: list[Any],
     unasked: set[int],
-    data: dict[str, Any] | None,
+    opened: dict[str, _Opened],
     rank: int,
     world: int,
     batch_size: int,
@@ -251,11 +288,15 @@ def _feed_references(
     notes: list[str] = []
     for word in dict.fromkeys(metric.reference for metric in measured if hasattr(metric, "reference")):
         left = {i: metric for i, metric in enumerate(measured) if getattr(metric, "reference", None) == word}
-        if Path(word).suffix.lower() == ".npz":
-            file = references.read(word)
+        file, real = opened[word].file, opened[word].images
+        if file is not None:
             left = {i: metric for i, metric in left.items() if not _take(metric, file, rank)}
             compared[word] = f"{file.source}, n={file.count or 'unknown'}, sha {file.sha[:8]}"
-            if left and file.images is None:
+            if not file.net_sha256 and file.moments and len(left) < len(measured):
+                notes.append(
+                    f"{file.name} does not say which net made its statistics; taken for those of Inception-2015"
+                )
+            if left and real is None:
                 asked = [type(metric).__name__ for i, metric in left.items() if i not in unasked]
                 if asked:
                     raise GenkitError(
@@ -264,9 +305,7 @@ def _feed_references(
                     )
                 missed |= left.keys()
                 continue
-            real = file.images
-        else:
-            real = sources.find(word, data)
+        elif real is not None:
             compared[word] = real.about
         if left and real is not None:
             _feed_real(list(left.values()), real, rank, world, batch_size, place)
@@ -372,6 +411,45 @@ def _pictures(subject: Subject, measured: list[Any], out: Path) -> list[str]:
         images.write_png(path, images.grid(rows, columns=len(pairs), row_names=("sample", "nearest real")))
         notes.append(f"the {len(pairs)} samples most like a real image, each above it: {path}")
     return notes
+
+
+def _notes_of_shapes(subject: Subject, measured: list[Any], opened: dict[str, _Opened]) -> list[str]:
+    """What nets make of grey images and of sides of different sizes, which a reader would otherwise not see."""
+    notes = []
+    shapes = {"evaluated": subject.shape}
+    shapes |= {
+        f"reference {word}": side.images.shape
+        for word, side in opened.items()
+        if side.images is not None and side.images.shape != subject.shape
+    }
+    nets = sorted({m.net.name for m in measured if getattr(m, "net", None) is not None and m.net.name != "fashion-cnn"})
+    for whose, (channels, height, width) in shapes.items():
+        if channels == 1 and nets:
+            notes.append(f"{whose} images are grey: repeated three times for {', '.join(nets)}")
+        if (height, width) != subject.shape[1:]:
+            mine = "x".join(map(str, subject.shape[1:]))
+            notes.append(
+                f"{whose} images are {height}x{width}, evaluated ones {mine}: the net resizes each from its own size"
+            )
+    return notes
+
+
+def _renamed(record: Path, asked: str, total: int, reference: str | None) -> Path:
+    """The name of a report that differs from the usual one: STEP-adm-50000-REFERENCE.json."""
+    against = "" if reference is None else "-" + _shortened(re.sub(r"[^\w.]+", "-", Path(reference).stem).strip("-"))
+    return record.with_stem(f"{record.stem}-{asked}-{total}{against}")
+
+
+def _shortened(words: str) -> str:
+    """At most 60 characters, for a file name; what is cut off is still told apart."""
+    return words if len(words) <= 60 else f"{words[:50]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether a file may be put there, after making the folder where it is missing."""
+    while not folder.exists():
+        folder = folder.parent
+    return os.access(folder, os.W_OK)
 
 
 def _device(target: Any, device: str | torch.device | None) -> torch.device:

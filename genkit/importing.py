@@ -129,6 +129,8 @@ def try_out(tokenizer: Any, channels: int, side: int) -> dict[str, Any]:
     """
     import torch
 
+    from genkit.metrics.reconstruction import psnr
+
     y, x = torch.meshgrid(torch.linspace(-1, 1, side), torch.linspace(-1, 1, side), indexing="ij")
     waves = torch.stack([torch.sin((4 + 3 * c) * (x + 0.5 * c * y).square() + 2 * y) for c in range(channels)])
     picture = torch.where((x.square() + y.square()) < 0.25, 0.8, 0.6 * waves)[None]
@@ -145,8 +147,7 @@ def try_out(tokenizer: Any, channels: int, side: int) -> dict[str, Any]:
         raise GenkitError(
             "the imported tokenizer makes numbers that are not finite; the file is damaged or of another model"
         )
-    error = (rebuilt - picture).square().mean().clamp_min(1e-10)
-    return found | {"reconstruction": list(rebuilt.shape), "psnr": round(float(10 * torch.log10(4 / error)), 2)}
+    return found | {"reconstruction": list(rebuilt.shape), "psnr": round(float(psnr(rebuilt, picture)), 2)}
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -6,13 +6,16 @@ scripts/train.py with either of them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from genkit.errors import GenkitError
 
 _GRACE = 30.0  # seconds the other processes get to save or fail once one has ended badly
 
@@ -49,6 +52,28 @@ def launch(words: Sequence[str], processes: int) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def joined(device: str | None) -> Iterator[None]:
+    """Inside, the processes that `launch`, torchrun or accelerate started are one torch.distributed group; alone, nothing happens.
+
+    Raises: GenkitError in those that were waiting for a process which failed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    try:
+        yield
+    except RuntimeError as error:
+        if "onnection" not in str(error):  # what gloo says of a peer that has gone
+            raise
+        raise GenkitError("another process of this launch stopped; its own line says why") from None
+    finally:
+        state.destroy_process_group()
 
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> int:

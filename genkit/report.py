@@ -22,12 +22,14 @@ class Report:
         details: numbers below the rows, by name: "class accuracy: trouser".
         notes: what a reader must know beside the numbers.
         settings: everything needed to repeat the evaluation, versions and hashes included.
+        path: where it was saved, if it was.
     """
 
     rows: list[dict[str, Any]]
     details: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
 
     def __getitem__(self, metric: str) -> float:
         """A value by the metric's full name, or by the name in front of its brackets: report["FD"] for "FD (fashion-cnn-v1)"."""
@@ -42,20 +44,23 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON."""
-        files.write_json(Path(path), self.to_dict())
+        self.path = Path(path)
+        files.write_json(self.path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
         """A saved report. Raises GenkitError for a file that is none."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            report = cls(content["rows"], content["details"], content["notes"], content["settings"])
+            report = cls(content["rows"], content["details"], content["notes"], content["settings"], Path(path))
             for row in report.rows:
                 row["value"], row["metric"], row["comparable"], row["protocol"]
         except FileNotFoundError:
             raise GenkitError(
                 f"no such report: {path}; `genkit eval` writes one of a run as RUN/eval/STEP.json"
             ) from None
+        except IsADirectoryError:
+            raise GenkitError(f"{path} is a folder; name a report in it, such as RUN/eval/STEP.json") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise GenkitError(f"{path} is not a report of `genkit eval` ({error!r})") from None
         return report

@@ -81,11 +81,11 @@ def open_subject(target: Any, sampling: Sampling, *, ema: bool, device: torch.de
         return _of_pipeline(target, sampling, weights)
     path = Path(target)
     if path.suffix.lower() == ".npz":
-        return _of_images(sources.from_npz(path), weights)
+        return _of_images(sources.from_npz(path), weights, path)
     if not path.exists():
         raise UsageError(f"{path} does not exist; give a run, a folder or zip of images, or an npz")
     if path.suffix.lower() == ".zip":
-        return _of_images(sources.from_zip(path, fashion_net.FashionCNN.class_names), weights)
+        return _of_images(sources.from_zip(path, fashion_net.FashionCNN.class_names), weights, path)
     if not path.is_dir():
         raise UsageError(
             f"{path} is not something that can be evaluated; give a run, a folder or zip of images, or an npz"
@@ -102,7 +102,7 @@ def open_subject(target: Any, sampling: Sampling, *, ema: bool, device: torch.de
             suffix = ("" if ema else "-raw") + (sampling.suffix if subject.kind == "generator" else "")
             subject.record = checkpoint.parent.parent / "eval" / f"{checkpoint.name}{suffix}.json"
         return subject
-    return _of_images(sources.from_folder(path, fashion_net.FashionCNN.class_names), weights)
+    return _of_images(sources.from_folder(path, fashion_net.FashionCNN.class_names), weights, path)
 
 
 def suitable_net(shape: tuple[int, ...], weights: str | None, data: str | None = None) -> str:
@@ -230,7 +230,7 @@ def _of_tokenizer(pipe: Any, config: dict[str, Any], weights: str | None) -> Sub
     )
 
 
-def _of_images(images: sources.Images, weights: str | None) -> Subject:
+def _of_images(images: sources.Images, weights: str | None, path: Path) -> Subject:
     def batch(first: int, last: int) -> dict[str, Any]:
         x, label = images.read(first, last)
         return {"fake": x} | ({"label": label} if images.has_labels else {})
@@ -249,7 +249,14 @@ def _of_images(images: sources.Images, weights: str | None) -> Subject:
         metrics,
         notes=lambda: list(images.notes),
         gather=images.gather,
+        record=_beside(path),
     )
+
+
+def _beside(path: Path) -> Path:
+    """NAME.eval.json beside a folder or file of images: relative where the path is, so that it is printed as it was given."""
+    named = path if path.name not in ("", "..") else path.resolve()
+    return named.with_name(f"{named.name if named.is_dir() else named.stem}.eval.json")
 
 
 def _judge_notes(data: dict[str, Any]) -> list[str]:

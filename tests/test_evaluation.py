@@ -214,6 +214,15 @@ def images_of(path: Path, *sizes, mode="L"):
     return path
 
 
+def pictures(path: Path, count: int) -> Path:
+    """Held-out images in folders by class, so that they have labels."""
+    for i in range(count):
+        file = path / CLASS_NAMES[int(VAL.labels[i])] / f"{i:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(VAL.pixels[i, 0].numpy()).save(file)
+    return path
+
+
 def npz(path, **arrays):
     np.savez(path, **arrays)
     return path
@@ -314,3 +323,55 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     for two, one in zip(together["rows"], alone.rows, strict=True):
         assert two["value"] == pytest.approx(one["value"], rel=1e-6)
         assert two["protocol"] == one["protocol"]
+
+
+def test_launched_processes_share_a_folder_out(tmp_path):
+    folder = pictures(tmp_path / "some", 21)
+    words = [
+        "eval",
+        str(folder),
+        "--ref",
+        "fashion:val",
+        "--metrics",
+        "frechet,kid,precision_recall",
+        "--batch-size",
+        "4",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "genkit", *words, "--launch", "2", "-o", str(tmp_path / "two.json"), "-q"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("FD (fashion-cnn-v1)  ") == 1  # one of them speaks
+    together = json.loads((tmp_path / "two.json").read_text())
+    assert together["settings"]["processes"] == 2
+    alone = evaluate(folder, reference="fashion:val", metrics=["frechet", "kid", "precision_recall"])
+    for two, one in zip(together["rows"], alone.rows, strict=True):
+        assert two["value"] == pytest.approx(one["value"], rel=1e-6)
+        assert two["protocol"] == one["protocol"]
+
+
+def test_reports_of_images_lie_beside_them_one_per_reference(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = pictures(tmp_path / "some", 12).relative_to(tmp_path)
+    first = evaluate(folder, reference="fashion:val", metrics=["class_accuracy"])
+    second = evaluate(folder, reference="fashion", metrics=["class_accuracy"])
+    assert {first.path.parent, second.path.parent} == {folder.parent}
+    assert [path.name for path in (first.path, second.path)] == [
+        f"{folder.name}.eval-class_accuracy-12-{word}.json" for word in ("fashion-val", "fashion")
+    ]
+    assert type(first).load(first.path).rows == first.rows
+    monkeypatch.chdir(folder)
+    inside = evaluate(".", reference="fashion:val", metrics=["class_accuracy"])
+    assert inside.path.resolve() == (tmp_path / first.path).resolve()
+
+
+def test_a_folder_that_cannot_be_written_to_costs_the_report_and_not_the_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    report = evaluate(pictures(tmp_path / "some", 12), reference="fashion:val", metrics=["class_accuracy"])
+    assert report.path is None
+    assert any("the report is not kept" in note and "-o" in note for note in report.notes)
+
+
+def test_a_split_that_does_not_exist_is_one_line(tmp_path):
+    with pytest.raises(UsageError, match=r"data.split='tset'.*'train', 'val'"):
+        evaluate(pictures(tmp_path / "some", 12), reference="fashion:tset")

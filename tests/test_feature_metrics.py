@@ -443,11 +443,14 @@ def test_kid_of_few_images_is_one_estimate_and_says_so(stub):
     }
 
 
-def test_only_the_first_reference_images_count_where_that_is_asked_for(stub):
+def test_only_so_many_reference_images_spread_over_all_count_where_that_is_asked_for(stub):
     metric = fed("precision_recall", [torch.arange(90)], max_reference=40)
     real, fake = (features.as_batch(x).features(net()) for x in (images(90, 0), images(90, 1) * 0.9))
-    assert tuple(metric.result().values()) == precision_recall(real[:40], fake)
-    assert "first 40 reference images" in metric.protocol
+    spread = real[[int(i * 90 / 40) for i in range(40)]]
+    assert tuple(metric.result().values()) == precision_recall(spread, fake)
+    assert "at most 40 reference images" in metric.protocol
+    whole = fed("precision_recall", [torch.arange(90)], max_reference=90)
+    assert tuple(whole.result().values()) == precision_recall(real, fake)
 
 
 def test_vendi_needs_no_reference(stub):
@@ -484,7 +487,8 @@ def test_suspicious_pairs_come_first_with_their_own_numbers(stub):
         (lambda: Kid(subsets=0), "subsets=0 must be at least 1 or null"),
         (lambda: Kid(subset_size=1), "subset_size=1 at least 2"),
         (lambda: InceptionScore(splits=0), "splits=0 and split_size=None must be at least 1"),
-        (lambda: PrecisionRecall(k=0), "k=0 must be at least 1"),
+        (lambda: PrecisionRecall(k=0), "k=0 and max_reference=None must be at least 1"),
+            (lambda: PrecisionRecall(max_reference=0), "max_reference=0 must be at least 1"),
         (lambda: DensityCoverage(k=0), "k=0 must be at least 1"),
         (lambda: FDInfinity(points=1), "points=1 must be at least 2"),
         (lambda: FDInfinity(smallest=1.0), "smallest=1.0 between 0 and 1"),

@@ -9,9 +9,9 @@ import torch
 from genkit import evaluation, partial
 from genkit.errors import GenkitError, UsageError
 from genkit.evaluation import evaluate
-from genkit.metrics import known, protocols, sources
+from genkit.metrics import frechet, known, protocols, sources
 from genkit.metrics.features import FeatureNet
-from tests.test_evaluation import IMAGES, Generator, images_of, npz
+from tests.test_evaluation import IMAGES, Generator, images_of, npz, pictures
 
 
 @pytest.fixture(autouse=True)
@@ -232,3 +232,32 @@ def test_remembering_is_off_where_the_folder_cannot_be_written(tmp_path, monkeyp
     monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / "file" / "below"))
     assert known.load(images_sha="0", net_sha="0", net_name="n", layer="pool", kind="FeatureSums", count=2) is None
     evaluate(Generator(), metrics=["frechet"], count=20, reference="fashion:val")
+
+
+def test_few_reference_images_bring_a_kid_too(tmp_path, inception, monkeypatch):
+    for module in (evaluation, frechet):
+        monkeypatch.setattr(module, "FID_COUNT", 40)
+    metrics = [{"type": "frechet", "features": "inception-2015"}]
+    folder, few = pictures(tmp_path / "fake", 50), pictures(tmp_path / "real", 30)
+    assert evaluate(folder, reference=str(folder), metrics=metrics).keys() == ["FID"]
+    assert evaluate(folder, reference=str(few), metrics=metrics).keys() == ["FID-quick", "KID"]
+
+
+def test_grey_images_and_sides_of_other_sizes_are_told(tmp_path, inception):
+    report = evaluate(
+        npz(tmp_path / "small.npz", arr_0=np.zeros((9, 20, 20, 1), np.uint8)),
+        reference=str(npz(tmp_path / "large.npz", arr_0=np.zeros((9, 30, 31, 3), np.uint8))),
+        metrics=[{"type": "precision_recall", "features": "inception-2015"}],
+    )
+    assert "evaluated images are grey: repeated three times for inception-2015" in report.notes
+    assert any("are 30x31, evaluated ones 20x20" in note for note in report.notes)
+
+
+def test_statistics_that_do_not_name_their_net_are_noted(tmp_path, inception):
+    path = npz(tmp_path / "ref.npz", mu=np.zeros(12), sigma=np.eye(12))
+    report = evaluate(
+        pictures(tmp_path / "some", 12),
+        reference=str(path),
+        metrics=[{"type": "frechet", "features": "inception-2015"}],
+    )
+    assert any("does not say which net made its statistics" in note for note in report.notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from genkit.errors import UsageError
@@ -37,7 +38,7 @@ class PrecisionRecall(SetMetric):
         count: samples to generate; a set of images that exists is used whole.
         weights: of the feature net: a file, or a folder that holds it.
         k: the neighbour a ball reaches to.
-        max_reference: only the first so many reference images count (ADM: 10,000, for its files hold no more); null = all.
+        max_reference: only so many reference images count, spread evenly over all (ADM: 10,000, for its files hold no more); null = all.
     """
 
     better: Literal["lower", "higher"] = "higher"
@@ -52,17 +53,21 @@ class PrecisionRecall(SetMetric):
         k: int = 3,
         max_reference: int | None = None,
     ):
-        if k < 1:
-            raise UsageError(f"precision_recall: k={k} must be at least 1")
+        if k < 1 or (max_reference is not None and max_reference < 1):
+            raise UsageError(f"precision_recall: k={k} and max_reference={max_reference} must be at least 1")
         super().__init__(features=features, reference=reference, count=count, weights=weights)
         self.k, self.max_reference = k, max_reference
 
     @property
     def protocol(self) -> str:
-        limit = "" if self.max_reference is None else f", first {self.max_reference} reference images"
+        limit = "" if self.max_reference is None else f", at most {self.max_reference} reference images"
         return f"{super().protocol}, k={self.k}{limit}"
 
     def result(self) -> dict[str, float]:
         """{"precision": share, "recall": share}. Raises UsageError for k images or fewer on a side."""
-        precision, recall = precision_recall(self.real.rows()[: self.max_reference], self.fake.rows(), self.k)
+        real = self.real.rows()
+        if self.max_reference is not None and len(real) > self.max_reference:
+            # Not those in front: files lie in folders by class, so that they would show a few classes only.
+            real = real[torch.arange(self.max_reference) * len(real) // self.max_reference]
+        precision, recall = precision_recall(real, self.fake.rows(), self.k)
         return {"precision": precision, "recall": recall}

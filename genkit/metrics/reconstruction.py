@@ -25,8 +25,12 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
     Returns: [B] float64; equal images, whose ratio is infinite, count as 100 dB.
     """
-    error = (x.double() - y.double()).square().flatten(1).mean(1)
-    return (10 * torch.log10(_RANGE**2 / error.clamp_min(_RANGE**2 * 1e-10))).cpu()
+    return decibels((x.double() - y.double()).square().flatten(1).mean(1)).cpu()
+
+
+def decibels(error: Tensor) -> Tensor:
+    """Mean squared errors of images in [-1, 1] -> PSNR in dB; at most 100."""
+    return 10 * torch.log10(_RANGE**2 / error.clamp_min(_RANGE**2 * 1e-10))
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def from_spec(spec: dict[str, Any], split: str | None = None) -> Images:
     """A dataset by its config section, in another split if one is named. Raises UsageError when it has no such split."""
     if split is not None and spec.get("split") != split:
         if "split" in registry.options(registry.find("data", spec["type"])):
-            spec = {**spec, "split": split}
+            spec = registry.check("data", {**spec, "split": split}, "data")
         elif split != "train":
             raise UsageError(f"data.type={spec['type']} has no split '{split}'; name another reference")
     if "flip" in spec:

@@ -15,6 +15,7 @@ from genkit.errors import GenkitError, UsageError
 from genkit.interfaces import Cond, Encoded, Layout
 from genkit.metrics import emoji_net, fashion_net
 from genkit.metrics import features as nets
+from genkit.metrics.reconstruction import decibels
 from genkit.nn import lpips
 from genkit.nn.perceptual import FeatureDistance
 from genkit.rng import Rng
@@ -77,8 +78,7 @@ class Reconstruction:
                 self.prepare(tuple(target.shape[1:]), target.device)
             with torch.autocast(target.device.type, enabled=False):
                 losses[self.look_name] = self.perceptual * self.look(reconstruction.float(), target.float())
-        # 10 log10(range^2 / mean squared error) with a range of 2.
-        return losses | {"_psnr": 10 * torch.log10(4 / l2.detach().clamp_min(1e-10))}
+        return losses | {"_psnr": decibels(l2.detach())}
 
     def of_tokenizer(self, encoded: Encoded) -> dict[str, Tensor]:
         """The tokenizer's own losses, weighted, [B] each."""
