@@ -488,7 +488,7 @@ def test_suspicious_pairs_come_first_with_their_own_numbers(stub):
         (lambda: Kid(subset_size=1), "subset_size=1 at least 2"),
         (lambda: InceptionScore(splits=0), "splits=0 and split_size=None must be at least 1"),
         (lambda: PrecisionRecall(k=0), "k=0 and max_reference=None must be at least 1"),
-            (lambda: PrecisionRecall(max_reference=0), "max_reference=0 must be at least 1"),
+        (lambda: PrecisionRecall(max_reference=0), "max_reference=0 must be at least 1"),
         (lambda: DensityCoverage(k=0), "k=0 must be at least 1"),
         (lambda: FDInfinity(points=1), "points=1 must be at least 2"),
         (lambda: FDInfinity(smallest=1.0), "smallest=1.0 between 0 and 1"),
