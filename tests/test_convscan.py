@@ -5,6 +5,7 @@ import torch
 
 from genkit.kernels.convscan.op import convscan
 from genkit.kernels.s5.op import s5
+from genkit.nn.convs5 import ConvS5Layer, hippo_eigenvalues
 from tests.parity import assert_agrees
 
 
@@ -67,3 +68,32 @@ def test_what_does_not_fit_is_named():
         convscan(**x | {"C": x["C"][:, :3]})
     with pytest.raises(ValueError, match=r"convscan: u must be \[B, D, F, Y, X\]"):
         convscan(**x | {"u": x["u"][0]})
+
+
+def test_a_hippo_block_of_eight():
+    """The published imaginary parts; every eigenvector belongs to its eigenvalue, and with the conjugates they are a basis."""
+    values, vectors = hippo_eigenvalues(8)
+    expected = torch.tensor([-19.8574, -5.3542, -1.9578, -0.4275], dtype=torch.float64)
+    torch.testing.assert_close(values.imag, expected, rtol=0, atol=5e-5)
+    torch.testing.assert_close(values.real, torch.full((4,), -0.5, dtype=torch.float64))
+    both = torch.cat([vectors, vectors.conj()], 1)
+    torch.testing.assert_close(both.mH @ both, torch.eye(8, dtype=torch.complex128))
+    with pytest.raises(ValueError, match="even and at least 2, got 3"):
+        hippo_eigenvalues(3)
+
+
+def test_a_new_layer_trains_and_remembers():
+    torch.manual_seed(0)
+    layer = ConvS5Layer(dim=4, state_size=8, num_blocks=2, num_groups=2)
+    u = torch.randn(1, 4, 10, 5, 5, requires_grad=True)
+    y, state = layer(u)
+    assert y.shape == u.shape
+    assert state.shape == (1, 4, 5, 5)
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in layer.ssm.parameters())
+    late = torch.autograd.grad(layer(u)[0][:, :, 9].sum(), u)[0]
+    early = torch.autograd.grad(layer(u)[0][:, :, 0].square().sum(), u)[0]
+    assert late[:, :, 0].any()  # the last frame knows the first
+    assert not early[:, :, 1:].any()  # and not the other way round
+    with pytest.raises(ValueError, match="state_size=8 must be a multiple of num_blocks=3"):
+        ConvS5Layer(dim=4, state_size=8, num_blocks=3)
