@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -86,3 +87,51 @@ def run_fitv2(case: Any) -> Outputs:
         guided = torch.lerp(poor[:, :cells], out[:, :cells], w)
         outputs[name] = torch.cat([torch.cat([guided, half[:, cells:]], dim=1) for half in (out, poor)])
     return {name: value.transpose(1, 2) for name, value in outputs.items()}
+
+
+@patch(
+    "genkit.dispatch.is_interpreting", lambda: False
+)  # tests of kernels ask for Triton's interpreter, which takes minutes here
+def run_dimsum(case: Any) -> Outputs:
+    from genkit.backbones.dimsum import window_order
+    from genkit.importers.dimsum import convert
+    from genkit.nn.wavelet import haar_packet, inverse_haar_packet
+
+    network = convert(case.weights, case.config)
+    x, t, y, seq = (case.inputs[name] for name in ("x", "t", "y", "seq"))
+    block, seen = network.blocks[0], {}
+
+    def keep(module: Any, *names: str) -> None:
+        def hook(module: Any, args: Any, out: Any) -> None:
+            for name, value in zip(names, out if isinstance(out, tuple) else (out,), strict=True):
+                seen.setdefault(name, value[:1])  # of the first call, the first sample
+
+        module.register_forward_hook(hook)
+
+    def keep_inputs(module: Any, args: Any, out: Any) -> None:
+        seen.setdefault("block0_freq", args[1][:1])
+
+    keep(block, "block0", "block0_residual")
+    keep(network.blocks[1], "block1", "block1_residual")
+    keep(block.spatial, "block0_spatial")
+    keep(network.shared, "first_shared_attn")
+    block.fusion.register_forward_hook(keep_inputs)  # the frequency branch as a whole ends where the fusion begins
+    outputs = {"forward": call(network, x, t, y)}
+    del seen["block1_residual"]
+    grid = (8, 8)
+    t_cfg, null = torch.cat([t[:2], t[:2]]), torch.full_like(y[:2], case.config["num_classes"])
+    y_cfg, strength = torch.cat([y[:2], null]), case.inputs["cfg_scale"]
+    grown = power_cosine(strength, case.inputs["scale_pow"], t[:2])[:, None, None, None]
+    bands = haar_packet(seq, grid)
+    return (
+        outputs
+        | seen
+        | {
+            "forward_with_cfg": guided(network, x, t_cfg, y_cfg, strength, 4),
+            "forward_with_adacfg": guided(network, x, t_cfg, y_cfg, grown, 4),
+            "dwt_seq": bands,
+            "idwt_of_dwt": inverse_haar_packet(bands, grid),
+            "local_scan_row": window_order(8, 8, False).visit(seq),
+            "local_scan_col": window_order(8, 8, True).visit(seq),
+        }
+    )

@@ -69,10 +69,10 @@ def grid_waves(
     if count == 0:
         raise UsageError(f"positions over {len(grid)} axes need dim >= {2 * len(grid)}, found {dim}")
     with torch.inference_mode(False), torch.no_grad():  # training may keep what was first asked for while sampling
-        frequencies = 10_000 ** -(torch.arange(count, dtype=torch.float64) / count)
+        frequencies = 10_000 ** -(torch.arange(count, dtype=torch.float64, device="cpu") / count)
         parts = []
         for axis in reversed(range(len(grid))):
-            places = torch.arange(grid[axis], dtype=torch.float64)
+            places = torch.arange(grid[axis], dtype=torch.float64, device="cpu")
             if trained is not None and trained[axis] != grid[axis]:
                 places = (places + 0.5) * (trained[axis] / grid[axis]) - 0.5
             angles = places[:, None] * frequencies
