@@ -156,3 +156,11 @@ def test_compiled_equals_eager(path):
     expected = gradients(layer, x)
     for name, value in gradients(compiled, x).items():
         torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_autocast_changes_nothing(path):
+    x = some(2, 40, 2, 5)
+    plain = aaren(x["scores"], x["v"], path=path)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(aaren(x["scores"], x["v"], path=path), plain)

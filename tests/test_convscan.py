@@ -97,3 +97,9 @@ def test_a_new_layer_trains_and_remembers():
     assert not early[:, :, 1:].any()  # and not the other way round
     with pytest.raises(ValueError, match="state_size=8 must be a multiple of num_blocks=3"):
         ConvS5Layer(dim=4, state_size=8, num_blocks=3)
+
+
+def test_autocast_changes_nothing():
+    plain = convscan(**some(1, 3, 4, 5, 5, 4, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(convscan(**some(1, 3, 4, 5, 5, 4, 3)), plain)

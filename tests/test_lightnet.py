@@ -137,3 +137,9 @@ def test_compiled_equals_eager(is_causal):
     expected = gradients(layer, x)
     for name, value in gradients(compiled, x).items():
         torch.testing.assert_close(value, expected[name])
+
+
+def test_autocast_changes_nothing():
+    plain = lightnet(**some(1, 9, 2, 4, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lightnet(**some(1, 9, 2, 4, 5)), plain)

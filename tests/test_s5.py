@@ -101,3 +101,9 @@ def test_compiled_equals_eager():
     expected = gradients(layer, x)
     for name, value in gradients(compiled, x).items():
         torch.testing.assert_close(value, expected[name])
+
+
+def test_autocast_changes_nothing():
+    plain = s5(**some(2, 9, 3, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(s5(**some(2, 9, 3, 4)), plain)

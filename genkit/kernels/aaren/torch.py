@@ -24,7 +24,8 @@ def aaren(scores: Tensor, v: Tensor, log_denominator: Tensor, mean: Tensor, reve
     v = torch.cat([mean[:, None], v], 1)
     is_out = scores == -torch.inf
     scores, v = scores.masked_fill(is_out, _NEVER), v.masked_fill(is_out[..., None], 0)
-    o, largest, total = _prefixes(scores, torch.ones_like(scores), v)
+    with torch.autocast(v.device.type, enabled=False):
+        o, largest, total = _prefixes(scores, torch.ones_like(scores), v)
     o, last = o[:, 1:], largest[:, -1] + total[:, -1].log()
     return o.flip(1) if reverse else o, last.masked_fill(last < _NEVER / 2, -torch.inf)
 

@@ -13,7 +13,12 @@ from genkit.kernels.linrec.op import linrec
 
 
 def convscan(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """As `reference.convscan`."""
+    """As `reference.convscan`. Autocast is switched off: complex numbers have no half precision."""
+    with torch.autocast(u.device.type, enabled=False):
+        return _convscan(u, decay, B, C, state)
+
+
+def _convscan(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     batch, _, F, Y, X = u.shape
     P = decay.shape[0]
     frames = u.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # [B F, D, Y, X]

@@ -29,7 +29,22 @@ def lightnet(
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.lightnet`."""
+    """As `reference.lightnet`. Autocast is switched off: sums over all tokens need float32."""
+    with torch.autocast(v.device.type, enabled=False):
+        return _lightnet(q, g, v, k, mask, z, S, scale, is_causal)
+
+
+def _lightnet(
+    q: Tensor,
+    g: Tensor,
+    v: Tensor,
+    k: Tensor | None,
+    mask: Tensor | None,
+    z: Tensor,
+    S: Tensor,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = S.dtype
     logits = g.to(wide)
     is_padding = None if mask is None else ~mask[:, :, None, None]

@@ -10,7 +10,12 @@ from genkit.kernels.linrec.op import linrec
 
 
 def s5(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor, is_bidirectional: bool) -> tuple[Tensor, Tensor]:
-    """As `reference.s5`."""
+    """As `reference.s5`. Autocast is switched off: complex numbers have no half precision."""
+    with torch.autocast(u.device.type, enabled=False):
+        return _s5(u, decay, B, C, state, is_bidirectional)
+
+
+def _s5(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor, is_bidirectional: bool) -> tuple[Tensor, Tensor]:
     batch, N, _ = u.shape
     P = decay.shape[0]
     weight = torch.view_as_real(B).transpose(1, 2).flatten(0, 1)  # [2P, D]
