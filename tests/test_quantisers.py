@@ -32,7 +32,7 @@ from genkit.nn.binary import BinaryQuantizer
 from genkit.nn.codebook import Codebook, normalise
 from genkit.nn.index_backprop import IndexBackpropQuantizer
 from genkit.nn.quantize import Quantizer
-from genkit.nn.scalar import ScalarQuantizer
+from genkit.nn.scalar import ScalarQuantizer, bound
 from genkit.nn.straight_through import rotation, straight_through
 from genkit.nn.usage import Usage
 from genkit.tokenizers.fsq import FSQ
@@ -589,6 +589,21 @@ def test_fsq_gradients_equal_those_of_vector_quantize_pytorch(options: dict[str,
     torch.testing.assert_close(b.grad, a.grad, atol=1e-6, rtol=1e-5)
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, peer.get_parameter(name).grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (3, 7), (16,)])
+def test_rounding_in_one_step_is_the_equation_written_out(levels: tuple[int, ...]) -> None:
+    quantizer = ScalarQuantizer(dim=len(levels), levels=levels)
+    z = (2 * torch.randn(3, 7, len(levels))).requires_grad_()
+    found = quantizer(z)
+    counts = torch.tensor(levels)
+    bounded = bound(z, counts)
+    written = straight_through(bounded / (counts // 2), bounded.detach().round() / (counts // 2))
+    assert torch.equal(found.codes, written)
+    gradient = torch.randn_like(written)
+    (ours,) = torch.autograd.grad(found.codes, z, gradient)
+    (theirs,) = torch.autograd.grad(written, z, gradient)
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_residual_steps_of_scalars_get_finer() -> None:

@@ -21,7 +21,7 @@ from genkit.errors import UsageError
 from genkit.kernels.nearest_code.chunked import nearest_code
 from genkit.nn.codebook import Codebook, normalise
 from genkit.nn.frequency import FrequencyBands
-from genkit.nn.straight_through import straight_through
+from genkit.nn.straight_through import WAYS, Gradient
 from genkit.nn.usage import usage
 
 _ALL_SCALES = -1  # the key of rows that were joined, which no scale has
@@ -89,6 +89,7 @@ class ScaleQuantizer(nn.Module):
         phi_ratio: share of the convolution; 0 = no convolutions.
         cosine: nearest means of closest direction; codes keep their length.
         by_frequency: what is to be coded arrives in frequency bands, low ones first, one with each scale (NFIG).
+        gradient: how the gradient of the codes becomes one of the features, see genkit.nn.straight_through.
         decay, restart: see Codebook.
     """
 
@@ -102,10 +103,12 @@ class ScaleQuantizer(nn.Module):
         phi_ratio: float = 0.5,
         cosine: bool = False,
         by_frequency: bool = False,
+        gradient: Gradient = "straight_through",
         decay: float = 0.99,
         restart: float = 0.1,
     ):
         super().__init__()
+        self.pass_by = WAYS[gradient]
         self.patch_sizes = tuple(patch_sizes)
         if dim < 1 or codebook_size < 1 or not 0 <= decay < 1 or not 0 <= restart < 1:
             raise UsageError(
@@ -164,7 +167,9 @@ class ScaleQuantizer(nn.Module):
             losses = {"commitment": torch.stack(commitment[counted]).mean(0)}
             if self.phi:
                 losses["phi"] = torch.stack(phi[counted]).mean(0)
-            codes = straight_through(features, total.detach())
+            # A vector is what a place has along the channels.
+            passed = self.pass_by(features.movedim(1, -1), total.detach().movedim(1, -1))
+            codes = passed.movedim(-1, 1)
         return Scales(codes, torch.cat([ids.flatten(1) for ids in found], dim=1), losses)
 
     def codes(self, ids: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from genkit.nn.usage import Usage
 
 _MARGIN = 1e-3  # by which half the range of the levels is wider
 _MOST_COUNTED = 2**20  # codes; larger histograms cost more than they tell
+_MOST_EXACT = 2**24  # whole numbers that float32 holds without a gap
 
 
 def bound(z: Tensor, levels: Tensor, *, is_clamped: bool = False) -> Tensor:
@@ -34,6 +36,24 @@ def bound(z: Tensor, levels: Tensor, *, is_clamped: bool = False) -> Tensor:
     if is_clamped:
         return (z + offset / half).clamp(-1, 1) * half - offset
     return (z + (offset / half).atanh()).tanh() * half - offset
+
+
+class _Rounded(torch.autograd.Function):
+    """`bound`, rounding and the gradient that passes by it in one step: written out operation by operation they take longer than the matrix products."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, shift: Tensor, half: Tensor, offset: Tensor, middle: Tensor) -> Any:
+        bent = (z + shift).tanh_()
+        steps = (bent * half).sub_(offset).round_()  # from the middle level
+        ctx.save_for_backward(bent, half, middle)
+        digits = steps + middle
+        ctx.mark_non_differentiable(digits)
+        return steps.div_(middle), digits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        bent, half, middle = ctx.saved_tensors
+        return torch.addcmul(grads[0], grads[0] * bent, bent, value=-1).mul_(half / middle), None, None, None, None
 
 
 class ScalarQuantizer(nn.Module):
@@ -58,6 +78,7 @@ class ScalarQuantizer(nn.Module):
 
     levels: Tensor  # [d] int64
     basis: Tensor  # [d] int64, what a step of each number adds to the id
+    limits: Tensor  # [4, d] float32: shift, half, offset and middle level of `bound`
 
     def __init__(
         self,
@@ -87,6 +108,11 @@ class ScalarQuantizer(nn.Module):
         self.register_buffer(
             "basis", torch.tensor([math.prod(levels[:i]) for i in range(d)]), persistent=False
         )  # the first number is the fastest digit
+        counts = self.levels.float()
+        half, offset = (counts - 1) * (1 + _MARGIN) / 2, (self.levels % 2 == 0) * 0.5
+        shift = torch.zeros_like(half) if is_symmetric else (offset / half).atanh()
+        limits = torch.stack([shift, half, offset, (self.levels // 2).float()])
+        self.register_buffer("limits", limits, persistent=False)
         self.project_in: nn.Module = nn.Identity()
         self.project_out: nn.Module = nn.Identity()
         if d * num_groups != dim:
@@ -105,10 +131,13 @@ class ScalarQuantizer(nn.Module):
                 limit = torch.tensor(self.soft_clamp, device=z.device)
                 rows = (rows / limit).tanh() * limit
             if self.depth == 1:
-                bounded, position = self._bound(rows)
-                digits = self._digits(position)
-                ids = (digits.long() * self.basis).sum(-1)[:, None]  # [N, 1, G]
-                codes = straight_through(bounded, self._values(digits))
+                if self.is_symmetric or self.is_clamped:
+                    bounded, position = self._bound(rows)
+                    digits = self._digits(position)
+                    codes = straight_through(bounded, self._values(digits))
+                else:
+                    codes, digits = _Rounded.apply(rows, *self.limits)
+                ids = self._number(digits)[:, None]  # [N, 1, G]
             else:
                 total, ids, _ = residual.quantise(rows, self._scales(), self._nearest, self._codes)
                 codes = straight_through(rows, total)
@@ -146,7 +175,13 @@ class ScalarQuantizer(nn.Module):
 
     def _nearest(self, rows: Tensor) -> Tensor:
         """rows [..., d] -> ids [...]."""
-        return (self._digits(self._bound(rows)[1]).long() * self.basis).sum(-1)
+        return self._number(self._digits(self._bound(rows)[1]))
+
+    def _number(self, digits: Tensor) -> Tensor:
+        """Levels [..., d], float -> ids [...] int64."""
+        if self.codebook_size <= _MOST_EXACT:
+            return (digits @ self.basis.float()).long()
+        return (digits.long() * self.basis).sum(-1)
 
     def _codes(self, ids: Tensor) -> Tensor:
         """ids [...] -> codes [..., d]."""

@@ -88,7 +88,9 @@ class Adversarial(Reconstruction):
         network = PatchDiscriminator(image_channels=shape[0], width=self.width, depth=self.depth)
         super().prepare(shape, device)
         self.discriminator = network.to(device).to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.lr, betas=(self.betas[0], self.betas[1]), fused=True)
+        self.optimizer = torch.optim.Adam(
+            self.discriminator.parameters(), lr=self.lr, betas=(self.betas[0], self.betas[1]), fused=True
+        )
         self.means, self._seen = self.means.to(device), self._seen.to(device)
 
     def __call__(self, model: Any, target: Tensor, cond: Cond, layout: Layout | None, rng: Rng) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from genkit.nn.grain_networks import (
 )
 from genkit.nn.grid_tokenizer import GridTokenizer, check_sizes
 from genkit.nn.quantize import Quantizer
+from genkit.nn.straight_through import Gradient
 
 
 class DQVAE(GridTokenizer):
@@ -59,6 +60,7 @@ class DQVAE(GridTokenizer):
         channels: of z, the width of a code.
         codebook_size: number of codes.
         positions: what tells the decoder where a cell is: sines of learned directions, a table of rows and one of columns, both, or nothing.
+        gradient: see genkit.tokenizers.vq.
         decay, restart: see genkit.nn.codebook.Codebook.
 
     Raises: UsageError for sizes that do not fit each other.
@@ -91,6 +93,7 @@ class DQVAE(GridTokenizer):
         channels: int = 32,
         codebook_size: int = 512,
         positions: Literal["waves+tables", "waves", "tables", "none"] = "tables",
+        gradient: Gradient = "straight_through",
         decay: float = 0.99,
         restart: float = 0.1,
     ):
@@ -146,7 +149,9 @@ class DQVAE(GridTokenizer):
                 neck=None,
             )
         self.enter = nn.Conv2d(inner, channels, 1) if feature_channels else nn.Identity()
-        self.quantizer = Quantizer(dim=channels, codebook_size=codebook_size, decay=decay, restart=restart)
+        self.quantizer = Quantizer(
+            dim=channels, codebook_size=codebook_size, gradient=gradient, decay=decay, restart=restart
+        )
         self.leave = nn.Conv2d(channels, inner, 1) if feature_channels else nn.Identity()
         self.place = Positions(
             channels=inner,

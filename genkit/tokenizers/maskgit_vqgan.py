@@ -13,6 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from genkit.nn.grid_tokenizer import GridTokenizer, check_sizes
 from genkit.nn.maskgit_conv import GROUPS, Decoder, Encoder
 from genkit.nn.quantize import Quantizer
+from genkit.nn.straight_through import Gradient
 from genkit.nn.taming import check_levels
 
 
@@ -26,6 +27,7 @@ class MaskgitVQGAN(GridTokenizer):
         channels: of z, the width of a code.
         codebook_size: number of codes.
         stem: channels of the encoder's first convolution; null = the first of the widths.
+        gradient: see genkit.tokenizers.vq.
         decay: share of the codebook's statistics kept per optimiser step.
         restart: codes used less than this fraction of the mean are replaced by vectors of the batch; 0 = never.
 
@@ -44,6 +46,7 @@ class MaskgitVQGAN(GridTokenizer):
         channels: int = 256,
         codebook_size: int = 1024,
         stem: int | None = None,
+        gradient: Gradient = "straight_through",
         decay: float = 0.99,
         restart: float = 0.1,
     ):
@@ -58,6 +61,8 @@ class MaskgitVQGAN(GridTokenizer):
             "num_blocks": num_blocks,
         }
         self.encoder = Encoder(widths=widths, stem=stem or widths[0], **shape)
-        self.quantizer = Quantizer(dim=channels, codebook_size=codebook_size, decay=decay, restart=restart)
+        self.quantizer = Quantizer(
+            dim=channels, codebook_size=codebook_size, gradient=gradient, decay=decay, restart=restart
+        )
         self.decoder = Decoder(widths=widths, **shape)
         self.finish()

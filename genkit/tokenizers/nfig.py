@@ -11,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 
 from genkit.nn.multiscale import ScaleQuantizer
 from genkit.nn.scale_tokenizer import ScaleTokenizer
+from genkit.nn.straight_through import Gradient
 
 
 class NFIG(ScaleTokenizer):
@@ -27,6 +28,7 @@ class NFIG(ScaleTokenizer):
         widths: instead of `width`, channels of every level of deep networks as in VAR, finest first, multiples of 32.
         channels: of z, the width of a code.
         codebook_size: number of codes, one table for all scales.
+        gradient: see genkit.tokenizers.vq.
         decay, restart: see genkit.nn.codebook.Codebook.
 
     Raises: UsageError for sizes that do not fit each other.
@@ -44,6 +46,7 @@ class NFIG(ScaleTokenizer):
         widths: tuple[int, ...] | None = None,
         channels: int = 32,
         codebook_size: int = 512,
+        gradient: Gradient = "straight_through",
         decay: float = 0.99,
         restart: float = 0.1,
     ):
@@ -54,6 +57,7 @@ class NFIG(ScaleTokenizer):
             patch_sizes=patch_sizes,
             phi_ratio=0.0,
             by_frequency=True,
+            gradient=gradient,
             decay=decay,
             restart=restart,
         )

@@ -14,6 +14,7 @@ from genkit.interfaces import Encoded
 from genkit.nn.grid_tokenizer import GridTokenizer, check_sizes
 from genkit.nn.maskgit_conv import GROUPS, Decoder
 from genkit.nn.quantize import Quantizer
+from genkit.nn.straight_through import Gradient
 from genkit.nn.taming import check_levels
 from genkit.nn.vit import PatchPixels, ProxyLogits, TokenDecoder, TokenEncoder
 
@@ -31,6 +32,7 @@ class TiTok(GridTokenizer):
         channels: of z, and width of a code; 8 to 16 with `cosine` is usual.
         codebook_size: number of codes.
         cosine: codes and what is compared with them have length 1.
+        gradient: see genkit.tokenizers.vq.
         decay, restart: see genkit.nn.codebook.Codebook.
         proxy_codes: null = the decoder ends in pixels. Otherwise it ends in logits over this many codes of another tokenizer, as in the paper's
             first stage; see `proxy_logits`.
@@ -62,6 +64,7 @@ class TiTok(GridTokenizer):
         channels: int = 12,
         codebook_size: int = 512,
         cosine: bool = True,
+        gradient: Gradient = "straight_through",
         decay: float = 0.99,
         restart: float = 0.1,
         proxy_codes: int | None = None,
@@ -94,7 +97,7 @@ class TiTok(GridTokenizer):
             is_legacy=proxy_codes is not None,
         )
         self.quantizer = Quantizer(
-            dim=channels, codebook_size=codebook_size, cosine=cosine, decay=decay, restart=restart
+            dim=channels, codebook_size=codebook_size, cosine=cosine, gradient=gradient, decay=decay, restart=restart
         )
         self.decoder = TokenDecoder(
             channels=channels,

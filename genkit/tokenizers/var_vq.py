@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 
 from genkit.nn.multiscale import ScaleQuantizer
 from genkit.nn.scale_tokenizer import ScaleTokenizer
+from genkit.nn.straight_through import Gradient
 
 
 class VarVq(ScaleTokenizer):
@@ -29,6 +30,7 @@ class VarVq(ScaleTokenizer):
         num_phi: convolutions after the look-up, each shared by neighbouring scales.
         phi_ratio: share of these convolutions in what a scale adds; 0 = none.
         cosine: a code is chosen by direction alone and added with its own length.
+        gradient: see genkit.tokenizers.vq.
         decay, restart: see genkit.nn.codebook.Codebook.
 
     Raises: UsageError for sizes that do not fit each other.
@@ -51,6 +53,7 @@ class VarVq(ScaleTokenizer):
         num_phi: int = 4,
         phi_ratio: float = 0.5,
         cosine: bool = False,
+        gradient: Gradient = "straight_through",
         decay: float = 0.99,
         restart: float = 0.1,
     ):
@@ -62,6 +65,7 @@ class VarVq(ScaleTokenizer):
             num_phi=num_phi,
             phi_ratio=phi_ratio,
             cosine=cosine,
+            gradient=gradient,
             decay=decay,
             restart=restart,
         )

@@ -13,6 +13,7 @@ from diffusers.configuration_utils import register_to_config
 
 from genkit.nn.grid_tokenizer import GridTokenizer, check_sizes
 from genkit.nn.quantize import Quantizer
+from genkit.nn.straight_through import Gradient
 from genkit.nn.taming import Decoder, Encoder, check_levels
 
 
@@ -32,6 +33,7 @@ class VQGAN(GridTokenizer):
         norm_groups: of every group norm; must divide the widths.
         stem: channels of the encoder's first convolution; null = the first of the widths.
         decoder_widths, decoder_attention: where the decoder differs from the encoder.
+        gradient: see genkit.tokenizers.vq.
         decay: share of the codebook's statistics kept per optimiser step.
         restart: codes used less than this fraction of the mean are replaced by vectors of the batch; 0 = never.
 
@@ -57,6 +59,7 @@ class VQGAN(GridTokenizer):
         stem: int | None = None,
         decoder_widths: tuple[int, ...] | None = None,
         decoder_attention: tuple[int, ...] | None = None,
+        gradient: Gradient = "straight_through",
         decay: float = 0.99,
         restart: float = 0.1,
     ):
@@ -84,7 +87,7 @@ class VQGAN(GridTokenizer):
         }
         self.encoder = Encoder(widths=widths, attention=attention, stem=stem, **shape)
         self.quantizer = Quantizer(
-            dim=channels, codebook_size=codebook_size, cosine=cosine, decay=decay, restart=restart
+            dim=channels, codebook_size=codebook_size, cosine=cosine, gradient=gradient, decay=decay, restart=restart
         )
         self.decoder = Decoder(widths=decoder_widths, attention=decoder_attention, **shape)
         self.finish()
