@@ -34,9 +34,12 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case(f"linrec forward + backward {[_B, N, _D]}", "its blocked torch form", 2.5, *sides)
         # Three tensors of this size are read or written: against a copy, which moves two, the limit is 2/3.
         source, target = torch.randn(_B, N, _D), torch.empty(_B, N, _D)
-        copy: Callable[[], Any] = lambda target=target, source=source: target.copy_(source)  # noqa: E731
         yield Case(
-            f"linrec forward {[_B, N, _D]}", "a copy of [B, N, D]", 0.6, _forward(linrec, a, b, h0, path="cpu"), copy
+            f"linrec forward {[_B, N, _D]}",
+            "a copy of [B, N, D]",
+            0.6,
+            _forward(linrec, a, b, h0, path="cpu"),
+            _copy(target, source),
         )
     N = lengths[-1]
     shared = torch.rand(_D)
@@ -63,11 +66,15 @@ def cases(quick: bool) -> Iterator[Case]:
     yield Case(f"fftconv with a kernel of {N} {[_B, N, 64]}", "torch.nn.functional.conv1d", 2, *sides)
 
 
-def _forward(call: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Callable[[], Tensor]:
+def _copy(target: Tensor, source: Tensor) -> Callable[[], Tensor]:
+    return lambda: target.copy_(source)
+
+
+def _forward(call: Callable[..., Any], *inputs: Tensor, **options: Any) -> Callable[[], Tensor]:
     return lambda: call(*inputs, **options)
 
 
-def _both(call: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Callable[[], Any]:
+def _both(call: Callable[..., Any], *inputs: Tensor, **options: Any) -> Callable[[], Any]:
     """The gradient of all inputs, of a fixed weighting of the result."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     weights = torch.randn_like(call(*inputs, **options))
