@@ -36,7 +36,7 @@ def token_dataset(config: Mapping[str, Any], tokenizer: Any, fingerprint: str, r
 
     dataset = registry.build("data", config["data"])
     if "type" in config["tokenizer"]:
-        return Pixelwise(dataset)
+        return Pixelwise(dataset, float(tokenizer.pixel_std))
     name = f"{config['data']['type']}-{Path(config['tokenizer']['from']).name}"
     with Progress(total=len(dataset), unit="images", title=f"caching {name}") as progress:
         done = 0

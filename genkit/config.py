@@ -271,8 +271,8 @@ def check(data: dict[str, Any], file: str = "", places: dict[str, str] | None = 
     config["data"] = registry.check("data", data["data"], "data", config.where)
     tokenizer = data.get("tokenizer")
     if data.get("backbone"):
-        if tokenizer == {"type": "pixels"}:
-            config["tokenizer"] = dict(tokenizer)
+        if isinstance(tokenizer, dict) and tokenizer.get("type") == "pixels":
+            config["tokenizer"] = registry.check("tokenizer", tokenizer, "tokenizer", config.where)
         elif isinstance(tokenizer, dict) and set(tokenizer) == {"from"}:
             config["tokenizer"] = {"from": str(tokenizer["from"])}
         else:
@@ -282,6 +282,10 @@ def check(data: dict[str, Any], file: str = "", places: dict[str, str] | None = 
         config["backbone"] = registry.check("backbone", data["backbone"], "backbone", config.where)
     else:
         config["tokenizer"] = registry.check("tokenizer", tokenizer, "tokenizer", config.where)
+        if config["tokenizer"]["type"] == "pixels":
+            raise UsageError(
+                f"tokenizer.type=pixels has nothing to train; add a section `backbone`{at('tokenizer.type')}"
+            )
     config["objective"] = registry.check("objective", data.get("objective"), "objective", config.where)
     for section, kind, called in (("sampler", dict, "mapping"), ("metrics", list, "list")):
         if data.get(section) and not isinstance(data[section], kind):

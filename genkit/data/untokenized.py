@@ -12,31 +12,35 @@ from genkit.rng import Rng
 
 
 class Pixelwise:
-    """The dataset with its images called "z"; `meta` as of a token cache."""
+    """A dataset with its images encoded as they come: "z" instead of "x"; `meta` as of a token cache.
 
-    def __init__(self, dataset: Dataset):
-        self.dataset, self.info = dataset, dataset.info
+    Args:
+        std: pixels are divided by it, as tokenizers/pixels.py does.
+    """
+
+    def __init__(self, dataset: Dataset, std: float):
+        self.dataset, self.info, self.std = dataset, dataset.info, std
         self.meta: dict[str, Any] = {"grid": list(dataset.info.shape[1:]), "stride": 1}
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return _renamed(dict(self.dataset[index]))
+        return self._encoded(dict(self.dataset[index]))
 
     def __getitems__(self, indices: np.ndarray) -> dict[str, Any]:
-        return _renamed(take(self.dataset, indices))
+        return self._encoded(take(self.dataset, indices))
 
     def fetch(self, indices: np.ndarray, rng: Rng) -> dict[str, Any]:
         """As the dataset fetches while training, flips and all."""
         if hasattr(self.dataset, "fetch"):
-            return _renamed(self.dataset.fetch(indices, rng))
+            return self._encoded(self.dataset.fetch(indices, rng))
         return self.__getitems__(indices)
 
     def note(self, skipped: Any) -> None:
         if hasattr(self.dataset, "note"):
             self.dataset.note(skipped)
 
-
-def _renamed(batch: dict[str, Any]) -> dict[str, Any]:
-    return {"z" if name == "x" else name: value for name, value in batch.items()}
+    def _encoded(self, batch: dict[str, Any]) -> dict[str, Any]:
+        rest = {name: value for name, value in batch.items() if name != "x"}
+        return rest if "x" not in batch else {"z": batch["x"] / self.std, **rest}

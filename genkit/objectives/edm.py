@@ -18,7 +18,7 @@ class Edm:
     """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise), trained by lambda(sigma) |D - x0|^2 with lambda = 1 / c_out^2 (table 1).
 
     Args:
-        sigma_data: standard deviation of the data: 1 of scaled latents, about 0.5 of pixels.
+        sigma_data: standard deviation of the data: 1, since tokenizers scale their latents; 0.5 in the paper, which does not.
         log_mean, log_std: of ln sigma while training.
         sigma_min, sigma_max, rho: of the sampling times, see nn.paths.Exploding.
         cond_drop: probability in [0, 1] that a label is dropped.
@@ -29,7 +29,7 @@ class Edm:
     def __init__(
         self,
         *,
-        sigma_data: float = 0.5,
+        sigma_data: float = 1.0,
         log_mean: float = -1.2,
         log_std: float = 1.2,
         sigma_min: float = 0.002,
