@@ -69,6 +69,15 @@ def test_weak_and_strong_gates(path, strength):
     assert_agrees(gla, path, some(1, 150, 2, 32, 32, strength), rtol=1e-4, return_state=True)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_triton_equals_the_reference(reverse, monkeypatch):
+    module = pytest.importorskip("genkit.kernels.gla.triton")
+    monkeypatch.setattr(module, "_EVERY", 16)  # several anchors
+    inputs = some(1, 20, 1, 5, 6, 4.0)
+    inputs["g"][:, 4] = -torch.inf
+    assert_agrees(gla, "triton", inputs, reverse=reverse, return_state=True)
+
+
 @pytest.mark.parametrize("path", FAST)
 def test_gates_that_close(path):
     inputs = some(1, 70, 1, 16, 16)

@@ -81,6 +81,15 @@ def test_weak_and_strong_gates(path, strength):
     assert_agrees(ssd, path, some(1, 150, 2, 2, 32, 32, strength), rtol=1e-4, return_state=True)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_triton_equals_the_reference(reverse, monkeypatch):
+    module = pytest.importorskip("genkit.kernels.ssd.triton")
+    monkeypatch.setattr(module, "_EVERY", 16)  # several anchors
+    inputs = some(1, 37, 2, 1, 5, 6, 4.0)
+    inputs["g"][:, 4] = -torch.inf
+    assert_agrees(ssd, "triton", inputs, reverse=reverse, return_state=True)
+
+
 @pytest.mark.parametrize("path", FAST)
 def test_gates_that_close(path):
     inputs = some(1, 70, 2, 1, 16, 16)
