@@ -1,8 +1,9 @@
-"""Published weights -> a tokenizer as genkit saves it: what `genkit import` does.
+"""Published weights -> a tokenizer, or a generator on one, as genkit saves it: what `genkit import` does.
 
-An importer is a file of genkit/importers with a function convert(state, config) -> tokenizer; its name, with dashes, is the word after --from,
-its first line says whose weights it reads. Its table IGNORED (pattern of a key -> reason) says what it leaves aside. Files are read without
-running anything that is written in them.
+An importer is a file of genkit/importers with a function convert(state, config) -> tokenizer or backbone; its name, with dashes, is the word after
+--from, its first line says whose weights it reads. Its table IGNORED (pattern of a key -> reason) says what it leaves aside. Beside a backbone's
+there is sampling(backbone) -> {"objective": ..., "sampler": ...}, how its authors draw from it. Files are read without running anything that is
+written in them.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def import_weights(
     check: bool = False,
     data: str = "data/images",
     size: int | None = None,
+    tokenizer: str | Path | None = None,
 ) -> dict[str, Any]:
     """Convert a published checkpoint and save it as a pipeline that every verb takes in place of a run.
 
@@ -57,16 +59,20 @@ def import_weights(
         source: whose weights they are, one of `importers()`.
         out: folder of the pipeline; it must not exist and appears whole or not at all.
         config: options of the original as a YAML or JSON file or a mapping; by default config.json beside the weights.
-        check: encode and decode a drawn picture.
-        data: folder of images that `genkit eval` reconstructs.
+        check: encode and decode a drawn picture, or draw one in two steps.
+        data: folder of images that `genkit eval` reconstructs, or compares with.
         size: pixels per side that `genkit encode` and `eval` bring images to; by default the only ones that the tokenizer takes, what the config
-            says, or 256.
+            says, or 256. Of a generator, of the images it draws; by default those it was trained on.
+        tokenizer: the run, or the import, of the tokenizer whose latents a generator was trained on; needed for a generator.
 
-    Returns: out; from; tokenizer (its type); options; parameters, the numbers that were read, codes included; ignored, reason -> keys; left_out,
+    Returns: out; from; tokenizer or backbone (its type); options; parameters, the numbers that were read, codes included; ignored, reason -> keys; left_out,
         names of what else was in the file; check, see `try_out`, or None.
 
-    Raises: UsageError for an unknown source, a missing file or an existing `out`; GenkitError for a file that is damaged or does not fit.
+    Raises: UsageError for an unknown source, a missing file, an existing `out`, or a tokenizer that is missing, not needed or of other latents;
+        GenkitError for a file that is damaged or does not fit.
     """
+    from genkit.pipeline import TokenizerPipeline
+
     known = importers()
     if source not in known:
         raise UsageError(f"--from {source} is not known; {nearest(source, list(known))}")
@@ -76,40 +82,109 @@ def import_weights(
     weights, left_out = read_weights(Path(file))
     options = read_config(Path(file), config)
     importer = importlib.import_module(f"genkit.importers.{source.replace('-', '_')}")
-    tokenizer = importer.convert(weights, options)
-    side = size or getattr(tokenizer, "image_size", None) or _size(options or {}) or SIZE
-    if side % tokenizer.stride:
-        raise UsageError(f"--size {side} is no multiple of the tokenizer's stride {tokenizer.stride}")
-    kind = type(tokenizer).__module__.rpartition(".")[2]
-    given = {name: value for name, value in tokenizer.config.items() if name[0] != "_" and name != "image_channels"}
-    given = json.loads(json.dumps(given))
-    channels = tokenizer.config["image_channels"]
+    module = importer.convert(weights, options)
+    family, kind = type(module).__module__.split(".")[-2:]
+    imported = {"from": source, "file": Path(file).name}
+    if family == "backbones":
+        pipeline, kind_given = generator_of(module, importer.sampling(module), kind, tokenizer, target.name, data, size)
+        pipeline.run_config["imported"] = imported
+        checked = try_generator(pipeline) if check else None
+        found: dict[str, Any] = {"out": str(target), "from": source, "backbone": kind, "options": kind_given}
+    elif tokenizer is not None:
+        raise UsageError(f"--tokenizer {tokenizer}: weights of {source} are a tokenizer themselves; leave it out")
+    else:
+        side = size or getattr(module, "image_size", None) or _size(options or {}) or SIZE
+        if side % module.stride:
+            raise UsageError(f"--size {side} is no multiple of the tokenizer's stride {module.stride}")
+        given, channels = _options(module, {"image_channels"}), module.config["image_channels"]
+        checked = try_out(module, channels, side) if check else None
+        run_config = {
+            "name": target.name,
+            "data": {"type": "folder", "path": data, "size": side, "channels": channels},
+            "tokenizer": {"type": kind, **given},
+            "objective": {"type": "reconstruction"},
+            "imported": imported,
+        }
+        pipeline = TokenizerPipeline(module, run_config=run_config)
+        found = {"out": str(target), "from": source, "tokenizer": kind, "options": given}
     ignored = _ignored(weights, getattr(importer, "IGNORED", {}))
     unread = {key for keys in ignored.values() for key in keys}
-    found: dict[str, Any] = {
-        "out": str(target),
-        "from": source,
-        "tokenizer": kind,
-        "options": given,
+    found |= {
         "parameters": sum(value.numel() for key, value in weights.items() if key not in unread),
         "ignored": ignored,
         "left_out": left_out,
-        "check": try_out(tokenizer, channels, side) if check else None,
+        "check": checked,
     }
-    run_config = {
-        "name": target.name,
-        "data": {"type": "folder", "path": data, "size": side, "channels": channels},
-        "tokenizer": {"type": kind, **given},
-        "objective": {"type": "reconstruction"},
-        "imported": {"from": source, "file": Path(file).name},
-    }
-    _save(tokenizer, run_config, target)
+    _save(pipeline, target)
     return found
+
+
+def generator_of(
+    backbone: Any,
+    sampling: Mapping[str, Any],
+    kind: str,
+    tokenizer: str | Path | None,
+    name: str,
+    data: str,
+    size: int | None,
+) -> tuple[Any, dict[str, Any]]:
+    """(pipeline of a backbone on the latents of a tokenizer, the backbone's options). See import_weights."""
+    from genkit import config as configs
+    from genkit.pipeline import GeneratorPipeline, open_run
+
+    if tokenizer is None:
+        raise UsageError(
+            "these weights draw latents; give the tokenizer that makes images of them: --tokenizer RUN, for one imported before, such as by diffusers-kl"
+        )
+    coder = open_run(tokenizer).tokenizer
+    channels = backbone.config["channels"]
+    if coder.channels != channels:
+        raise UsageError(
+            f"--tokenizer {tokenizer}: its latents have {coder.channels} channels, this network's {channels}"
+        )
+    if size is not None and size % coder.stride:
+        raise UsageError(f"--size {size} is no multiple of the tokenizer's stride {coder.stride}")
+    grid = list(backbone.config["grid"]) if size is None else [size // coder.stride] * len(backbone.config["grid"])
+    num_classes = backbone.config["num_classes"]
+    given = _options(backbone, {"channels", "num_classes", "grid"})
+    sampler = dict(sampling["sampler"])
+    if not num_classes:
+        sampler["guidance"] = 1.0
+    checked = configs.resolve(
+        {
+            "data": {"type": "folder", "path": data, "size": grid[0] * coder.stride, "channels": 3},
+            "tokenizer": {"from": str(tokenizer)},
+            "backbone": {"type": kind, **given},
+            "objective": sampling["objective"],
+            "sampler": sampler,
+            "train": {"num_samples": 1},
+        },
+        name="imported",
+    )
+    run_config = {**{key: value for key, value in checked.items() if key not in ("train", "log")}, "name": name}
+    run_config = json.loads(json.dumps(run_config))
+    pipeline = GeneratorPipeline(
+        coder,
+        backbone,
+        objective=run_config["objective"],
+        sampler=run_config["sampler"],
+        grid=grid,
+        class_names=[str(i) for i in range(num_classes)],
+        run_config=run_config,
+    )
+    return pipeline, given
+
+
+def _options(module: Any, measured: set[str]) -> dict[str, Any]:
+    """What a part was made with, as plain data, without what is measured."""
+    given = {name: value for name, value in module.config.items() if name[0] != "_" and name not in measured}
+    return json.loads(json.dumps(given))
 
 
 def render(found: Mapping[str, Any]) -> str:
     """What `import_weights` returned, for people."""
-    lines = [f"{found['out']}: {found['tokenizer']} with {found['parameters']:,} parameters, from {found['from']}"]
+    kind = found.get("backbone") or found["tokenizer"]
+    lines = [f"{found['out']}: {kind} with {found['parameters']:,} parameters, from {found['from']}"]
     for reason, keys in found["ignored"].items():
         few = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
         lines.append(f"{len(keys)} keys not needed: {reason} ({few})")
@@ -148,6 +223,22 @@ def try_out(tokenizer: Any, channels: int, side: int) -> dict[str, Any]:
             "the imported tokenizer makes numbers that are not finite; the file is damaged or of another model"
         )
     return found | {"reconstruction": list(rebuilt.shape), "psnr": round(float(psnr(rebuilt, picture)), 2)}
+
+
+def try_generator(pipeline: Any) -> dict[str, Any]:
+    """Draw one image of the first class in two steps. Returns: image, its shape; mean and std of its numbers.
+
+    Raises: GenkitError when what comes out is not finite.
+    """
+    import torch
+
+    with torch.inference_mode():
+        image = pipeline.generate(torch.tensor([0 if pipeline.num_classes else -1]), [0], steps=2)
+    if not bool(image.isfinite().all()):
+        raise GenkitError(
+            "the imported generator makes numbers that are not finite; the file is damaged or of another model"
+        )
+    return {"image": list(image.shape), "mean": round(float(image.mean()), 4), "std": round(float(image.std()), 4)}
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -273,10 +364,9 @@ def _ignored(weights: Mapping[str, Any], patterns: Mapping[str, str]) -> dict[st
     return found
 
 
-def _save(tokenizer: Any, run_config: dict[str, Any], target: Path) -> None:
+def _save(pipeline: Any, target: Path) -> None:
     """Under a temporary name, synced, renamed."""
     from genkit import files
-    from genkit.pipeline import TokenizerPipeline
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -284,7 +374,7 @@ def _save(tokenizer: Any, run_config: dict[str, Any], target: Path) -> None:
     except OSError as error:
         raise GenkitError(f"{target} cannot be written: {error}") from None
     try:
-        TokenizerPipeline(tokenizer, run_config=run_config).save_pretrained(temporary)
+        pipeline.save_pretrained(temporary)
         temporary.chmod(0o755)
         files.sync_folder(temporary)
         temporary.rename(target)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from genkit.backbones.dit import DiT
 from genkit.errors import UsageError
-from genkit.importers.dit import OBJECTIVE as OBJECTIVE
-from genkit.importers.dit import SAMPLER as SAMPLER
+from genkit.importers import dit
 from genkit.importers.dit import has_sigma, laid_out
 from genkit.importers.names import Rules, count, fill, shape
 
@@ -71,6 +70,12 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     ignored = {pattern: why for pattern, why in IGNORED.items() if pattern != COPIES or not own}
     fill(network, laid_out(state, "pos_embed.proj.weight", "proj_out_2", side), _RULES, ignored, WHAT)
     return network.eval()
+
+
+def sampling(network: DiT) -> dict[str, Any]:
+    """As DiT, but for guidance, which is on all channels there."""
+    found = dit.sampling(network)
+    return {**found, "sampler": {**found["sampler"], "guidance_channels": None}}
 
 
 def _option(config: Mapping[str, Any], name: str) -> int:

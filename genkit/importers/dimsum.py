@@ -17,8 +17,6 @@ IGNORED = {
     r"blocks\.\d+\.(spatial|freq)_mamba\.mixer\.cond_proj\.\w+": "overwritten by the released kernel before it is read",
     r"blocks\.\d+\.freq_mamba\.i?dwt\.\w+": "the fixed filters of the wavelet",
 }
-OBJECTIVE = {"type": "flow", "path": "trigonometric", "towards": "data"}
-SAMPLER = {"type": "heun", "num_steps": 125, "guidance": 1.4}
 # Option of the original -> the only value that was released.
 _FIXED = {
     "block_type": "combined",
@@ -66,6 +64,14 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     )
     fill(network, laid_out(state, "x_embedder.proj.weight", "final_layer.linear", side), _RULES, IGNORED, WHAT)
     return network.eval()
+
+
+def sampling(network: DiMSUM) -> dict[str, Any]:
+    """The velocity towards data on the path of constant variance, by 249 calls of the model, all channels guided."""
+    return {
+        "objective": {"type": "flow", "path": "trigonometric", "towards": "data"},
+        "sampler": {"type": "heun", "num_steps": 125, "guidance": 1.4},
+    }
 
 
 _BRANCH = {"spatial": "spatial_mamba", "frequency": "freq_mamba"}

@@ -17,8 +17,6 @@ from genkit.nn.grid_positions import grid_waves
 WHAT = "a DiT"
 WAVES = {r"pos_embed": "the waves that positions are computed from"}
 IGNORED = WAVES
-OBJECTIVE = {"type": "diffusion"}
-SAMPLER = {"type": "ancestral", "num_steps": 250, "guidance": 1.5}
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # width -> attention heads of the published sizes
 
 
@@ -58,6 +56,21 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
         WHAT,
     )
     return network.eval()
+
+
+def sampling(network: Any) -> dict[str, Any]:
+    """How the paper draws images: DDPM in 250 steps, with variances where there are some, three channels guided."""
+    variance = "learned" if network.config["learn_sigma"] else "small"
+    return {
+        "objective": {"type": "diffusion"},
+        "sampler": {
+            "type": "ancestral",
+            "num_steps": 250,
+            "variance": variance,
+            "guidance": 1.5,
+            "guidance_channels": 3,
+        },
+    }
 
 
 def square_side(count: int, what: str) -> int:

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from genkit.backbones.fit import FiT
 from genkit.errors import UsageError
+from genkit.importers import dit, sit
 from genkit.importers.dit import has_sigma, num_classes
 from genkit.importers.names import Rules, count, fill, has, shape
 from genkit.nn.extrapolation import Method
 
 WHAT = "a FiT"
 IGNORED: dict[str, str] = {}
-OBJECTIVE = {"type": "flow", "towards": "data", "time": "logit_normal"}
-SAMPLER = {"type": "heun", "num_steps": 125, "guidance": 1.5}
 _HEADS = {768: 12, 1152: 16, 2304: 24}
 _ROPE: dict[str, Method] = {
     "normal": "plain",
@@ -78,6 +77,14 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     )
     fill(network, _half_apart(state, heads), _RULES, IGNORED, WHAT)
     return network.eval()
+
+
+def sampling(network: FiT) -> dict[str, Any]:
+    """FiT as DiT, FiTv2 as SiT, with times drawn around the middle of the path."""
+    if network.config["learn_sigma"]:
+        return dit.sampling(network)
+    found = sit.sampling(network)
+    return {**found, "objective": {**found["objective"], "time": "logit_normal"}}
 
 
 def _half_apart(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:
