@@ -82,7 +82,7 @@ def _sweep_kernel(
             weights = tl.dot(xs, tl.trans(ys), input_precision=PRECISION)  # [BT, BT]
             sofar = tl.zeros([BC], tl.float32)
         for s in range(0, BT):  # the token that the others read
-            at = base + (N - 1 - (start + s) if REVERSE else start + s).to(tl.int64) * H
+            at = base + (N - 1 - (start + s) if REVERSE else start + s) * tl.cast(H, tl.int64)
             is_here = start + s < N
             if ON_ROWS:
                 gate = tl.load(g + at * R + r, mask=is_r & is_here, other=0.0).to(tl.float32)
@@ -172,8 +172,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor, scale: float, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float32 if is_interpreting() else v.dtype
-    inputs = _plain(q, k, v, g, initial_state)
-    o, state, _ = _sweep(*inputs, scale, reverse, dtype=dtype, on_rows=True, back=False)
+    q_, k_, v_, g_, first = _plain(q, k, v, g, initial_state)
+    o, state, _ = _sweep(q_, k_, v_, g_, first, scale, reverse, dtype=dtype, on_rows=True, back=False)
     return o.to(v.dtype), state
 
 

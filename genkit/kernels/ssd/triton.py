@@ -148,8 +148,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor, scale: float, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float32 if is_interpreting() else v.dtype
-    inputs = _plain(q, k, v, g, initial_state)
-    o, state, _ = _sweep(*inputs, scale, reverse, dtype=dtype, by_column=False, back=False)
+    q_, k_, v_, g_, first = _plain(q, k, v, g, initial_state)
+    o, state, _ = _sweep(q_, k_, v_, g_, first, scale, reverse, dtype=dtype, by_column=False, back=False)
     return o.to(v.dtype), state
 
 
