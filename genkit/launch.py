@@ -72,8 +72,8 @@ def joined(device: str | None) -> Iterator[None]:
         if "onnection" not in str(error):  # what gloo says of a peer that has gone
             raise
         raise GenkitError("another process of this launch stopped; its own line says why") from None
-    finally:
-        state.destroy_process_group()
+    # Only when all went well: it waits for the others, and they may be waiting for this one.
+    state.destroy_process_group()
 
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> int:

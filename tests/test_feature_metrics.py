@@ -80,7 +80,7 @@ def reference(of=None, *, layer="pool", sha="0" * 64, keep=()):
         sums.update(rows)
         statistics = {layer: sums.moments()}
     vectors = rows if "features" in keep else None
-    return Reference("ref.npz", "ab" * 32, "genkit", sha, "other-net", 0, "", statistics, vectors, None)
+    return Reference("ref.npz", "ab" * 32, "genkit", sha, "inception-2015", 0, "", statistics, vectors, None)
 
 
 # Neighbours
@@ -359,7 +359,7 @@ def test_a_reference_file_stands_for_its_images(stub, word):
     assert metric.result() == pytest.approx(expected, rel=1e-6, abs=1e-6)
     assert not fed(word, []).use(reference(real))
     assert not fed(word, []).use(reference(real, keep=[{"moments": "features", "features": "moments"}[needed]]))
-    with pytest.raises(GenkitError, match=r"statistics of other-net \(sha cdcdcdcd\)"):
+    with pytest.raises(GenkitError, match=r"statistics of inception-2015 \(sha cdcdcdcd\)"):
         fed(word, []).use(reference(real, keep=[needed], sha="cd" * 32))
 
 

@@ -33,7 +33,7 @@ RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(40, DIM)) @ RNG.normal(size=(DIM, DIM))
 MU, SIGMA = ROWS.mean(0), np.cov(ROWS, rowvar=False)
 PIXELS = RNG.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
-NET = SimpleNamespace(name="inception-2015", protocol="inception-2015", sha256="ab" * 32, dims={"pool": DIM})
+NET = SimpleNamespace(name="inception-2015", protocol="net-v1", sha256="ab" * 32, dims={"pool": DIM})
 
 
 def npz(path, **arrays):
@@ -226,6 +226,9 @@ def test_statistics_of_another_net_are_refused(tmp_path):
         GenkitError, match=r"ours\.npz holds statistics of net-v1 \(sha abababab\); they cannot be compared"
     ):
         references.read(tmp_path / "ours.npz").check_net(other)
+    resized = SimpleNamespace(**vars(NET) | {"protocol": "net-v1-clean"})  # the same weights, shown other pixels
+    with pytest.raises(GenkitError, match=r"holds statistics of net-v1 .* they cannot be compared with net-v1-clean"):
+        references.read(tmp_path / "ours.npz").check_net(resized)
     bare = references.read(npz(tmp_path / "bare.npz", mu=MU, sigma=SIGMA))
     bare.check_net(NET)
     with pytest.raises(GenkitError, match=r"does not say which net made its 6-dimensional statistics"):

@@ -65,9 +65,12 @@ class Reference:
     images: Images | None
 
     def check_net(self, net: FeatureNet) -> None:
-        """Raises GenkitError unless `net` made the statistics; a file that does not say is taken for Inception-2015."""
+        """Raises GenkitError unless `net` made the statistics; a file that does not say is taken for Inception-2015.
+
+        The weights alone do not tell: three nets share Inception's and differ in how images are resized for them.
+        """
         told = f"{net.protocol} sha {net.sha256[:8]}"
-        if self.net_sha256 and self.net_sha256 != net.sha256:
+        if self.net_sha256 and (self.net_sha256 != net.sha256 or self.protocol not in ("", net.protocol)):
             made_by = f"{self.protocol or 'another net'} (sha {self.net_sha256[:8]})"
             raise GenkitError(f"{self.name} holds statistics of {made_by}; they cannot be compared with {told}")
         if not self.net_sha256 and not net.name.startswith("inception-2015"):
