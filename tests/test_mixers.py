@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -277,6 +281,58 @@ def test_learns_within_the_masked_generator(word):
         losses.append(loss.item())
     assert losses[0] == pytest.approx(math.log(S), rel=1e-4)
     assert sum(losses[-5:]) / 5 < 0.85 * losses[0]  # without mixing it stays where it is
+
+
+# Runs mixers in forked processes, one for each size, and prints by how many MB the peak of memory grows.
+MEMORY = """
+import json, os, resource, sys
+import torch
+from genkit.nn.layout import dense_layout
+from genkit.registry import build, check
+
+torch.set_num_threads(1)
+
+def step(mixer, side):
+    x = torch.randn(1, side * side, 32, requires_grad=True)
+    mixer(x, dense_layout((side, side))).sum().backward()
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+for word, options, side in json.loads(sys.argv[1]):
+    mixer = build("mixer", check("mixer", {"type": word, **options}, "mixer"), dim=32, layer=0)
+    step(mixer, 8)  # loads what is loaded once
+    grown = []
+    for side in (8, side, 2 * side):
+        read, write = os.pipe()
+        if not os.fork():
+            before = peak()
+            step(mixer, side)
+            os.write(write, str(peak() - before).encode())
+            os._exit(0)
+        os.wait()
+        grown.append(float(os.read(read, 100)))
+    print(json.dumps([word, options, *grown]), flush=True)
+"""
+
+
+def test_memory_of_linear_mixers_grows_linearly():
+    """Forward and backward pass of 4,096 and of 16,384 tokens: a matrix of all pairs would grow 16 times."""
+    linear: list[tuple[str, dict[str, Any]]] = [
+        ("aaren", {}), ("block_sparse", {"pattern": "band", "reach": 16}), ("gla", {}), ("hornet", {}), ("lightnet", {}),
+        ("lightnet", {"is_causal": True}), ("longconv", {}), ("mamba", {}), ("multi_scan", {}), ("retention", {}),
+        ("rpe_fft", {"size": [128, 128], "num_heads": 2, "num_features": 2}), ("s5", {}), ("ssd", {}), ("topk", {}), ("vssd", {}), ("window", {}),
+    ]  # fmt: skip
+    program = [sys.executable, "-c", MEMORY, json.dumps([(*case, 64) for case in linear] + [("rmt", {}, 32)])]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    for word, options, constant, small, large in map(json.loads, done.stdout.splitlines()):
+        small, large = small - constant, large - constant
+        if word == "rmt":  # all pairs: the measurement sees it
+            assert large > 8 * small
+        else:
+            assert large < 6 * small + 6, (word, options, small, large)
 
 
 # What each one is

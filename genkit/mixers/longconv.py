@@ -51,7 +51,7 @@ class LongConv(nn.Module):
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         if layout.valid is not None:
             x = x.masked_fill(~layout.valid.unsqueeze(-1), 0)
-        kernel = self.kernel
+        kernel: Tensor = self.kernel
         if self.threshold:
             kernel = relu(kernel.abs() - self.threshold) * kernel.sign()
         kernel = kernel.to(x.dtype)

@@ -53,11 +53,11 @@ class S5(nn.Module):
         eigenvalues = torch.complex(real.clamp(max=-1e-4), imaginary)  # states that fade, as published
         decay, B = discretise(eigenvalues, torch.view_as_complex(self.B), self.log_step.exp())
         C = torch.view_as_complex(self.C)
-        if self.is_bidirectional:
-            y = s5(x, decay, B, C, self.skip, is_bidirectional=True)
-        else:
-            before = None if cache is None else cache.get(self.layer)
-            y, state = s5(x, decay, B, C, self.skip, state=before, return_state=True)
+        before = None if cache is None or self.is_bidirectional else cache.get(self.layer)
+        both = self.is_bidirectional
+        y = s5(x, decay, B, C, self.skip, is_bidirectional=both, state=before, return_state=not both)
+        if not isinstance(y, Tensor):
+            y, state = y
             if cache is not None:
                 cache[self.layer] = state.detach()
         return glu(self.proj(gelu(y)), dim=-1)

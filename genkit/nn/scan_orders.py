@@ -103,10 +103,10 @@ def _visits(name: str, grid: tuple[int, ...]) -> list[int]:
         kind, number = name.split("-")
         plane = _corner(kind, int(number), Y, X)
     visits = []
-    for number in range(math.prod(outer)):
+    for i in range(math.prod(outer)):
         # A curve that fills planes in turns goes back through every other one, which keeps the ends of planes together.
-        there = plane if name != "hilbert" or number % 2 == 0 else plane[::-1]
-        visits += [number * Y * X + place for place in there]
+        there = plane if name != "hilbert" or i % 2 == 0 else plane[::-1]
+        visits += [i * Y * X + place for place in there]
     return visits
 
 
