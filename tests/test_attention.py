@@ -131,3 +131,89 @@ def test_attention_sees_distances_and_not_places():
     mixer, layout, x = attention(), dense_layout((3, 4)), tokens(12)
     moved = Layout(coords=layout.coords + torch.tensor([5.0, 2.0]), grid=None)
     torch.testing.assert_close(mixer(x, moved), mixer(x, layout), atol=1e-5, rtol=1e-4)
+
+
+def test_causal_attention_equals_attention_under_a_mask():
+    ours = attention(is_causal=True)
+    both_ways = attention()
+    x, layout = tokens(7), dense_layout((7,))
+    table = rope_table(layout.coords, 12, 100.0)
+    q, k, v = ours.qkv(x).unflatten(-1, (3, 2, 12)).unbind(2)
+    q, k = rotate(ours.q_norm(q), table), rotate(ours.k_norm(k), table)
+    scores = torch.einsum("bihk,bjhk->bhij", q, k) / 12**0.5
+    scores = scores.masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), -torch.inf)
+    expected = ours.proj(torch.einsum("bhij,bjhk->bihk", scores.softmax(-1), v).flatten(2))
+    torch.testing.assert_close(ours(x, layout), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours(x, layout)[:, -1], both_ways(x, layout)[:, -1], atol=1e-6, rtol=1e-5)
+
+
+def test_causal_padding_does_not_reach_valid_tokens():
+    mixer, full = attention(is_causal=True), dense_layout((9,))
+    x, valid = tokens(9), torch.ones(3, 9, dtype=torch.bool)
+    valid[1, :4] = False  # padded in front, as prompts are
+    out = mixer(x, Layout(coords=full.coords, grid=None, valid=valid))
+    alone = mixer(x[1:2, 4:], Layout(coords=full.coords[:, 4:], grid=None))
+    torch.testing.assert_close(out[1:2, 4:], alone, atol=1e-6, rtol=1e-5)
+    out[valid].sum().backward()
+    assert mixer.qkv.weight.grad.isfinite().all()
+
+
+def steps(mixer: Attention, x: Tensor, cache: dict, first: int = 1) -> Tensor:
+    """x token by token behind the first ones."""
+    layout, out = dense_layout((x.shape[1],)), []
+    for start, end in [(0, first), *((n, n + 1) for n in range(first, x.shape[1]))]:
+        out.append(mixer(x[:, start:end], Layout(coords=layout.coords[:, start:end], grid=None), cache))
+    return torch.cat(out, dim=1)
+
+
+@torch.no_grad()
+def test_keys_and_values_are_written_once_where_room_was_made():
+    mixer, cache, x = attention(is_causal=True), {"num_tokens": 9}, tokens(9)
+    layout = dense_layout((9,))
+    places = set()
+    for n in range(9):
+        mixer(x[:, n : n + 1], Layout(coords=layout.coords[:, n : n + 1], grid=None), cache)
+        places.add(cache[0].keys.data_ptr())
+    assert len(places) == 1
+    assert cache[0].keys.shape == (3, 2, 9, 12)
+    held, short = cache[0].keys.clone(), {"num_tokens": 2}
+    torch.testing.assert_close(steps(mixer, x, short), mixer(x, dense_layout((9,))), atol=1e-6, rtol=1e-5)
+    assert short[0].keys.shape[2] < 18
+    torch.testing.assert_close(short[0].keys[:, :, :9], held)
+
+
+@torch.no_grad()
+def test_two_layers_share_a_cache_without_meeting():
+    one, other = Attention(dim=24, layer=0, num_heads=2, is_causal=True), Attention(dim=24, layer=1, is_causal=True)
+    cache: dict = {}
+    for _ in range(2):
+        one(tokens(1), Layout(coords=torch.zeros(1, 1, 1), grid=None), cache)
+    other(tokens(1), Layout(coords=torch.zeros(1, 1, 1), grid=None), cache)
+    assert (cache[0].length, cache[1].length) == (2, 1)
+
+
+def test_a_cache_takes_no_padding():
+    layout = dense_layout((4,))
+    padded = Layout(coords=layout.coords, grid=None, valid=torch.ones(3, 4, dtype=torch.bool))
+    with pytest.raises(UsageError, match="cannot be padded"):
+        attention(is_causal=True)(tokens(4), padded, {})
+
+
+@torch.no_grad()
+def test_several_tokens_at_once_behind_a_cache():
+    mixer, x, layout, cache = attention(is_causal=True), tokens(12), dense_layout((12,)), {}
+    parts = [
+        mixer(x[:, a:b], Layout(coords=layout.coords[:, a:b], grid=None), cache) for a, b in ((0, 3), (3, 8), (8, 12))
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), mixer(x, layout), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(6,), (2, 3), (2, 2, 2)])
+@torch.no_grad()
+def test_generation_on_grids_of_any_number_of_axes(grid):
+    mixer, layout = attention(is_causal=True), dense_layout(grid)
+    x, cache = tokens(layout.coords.shape[1]), {}
+    parts = [
+        mixer(x[:, n : n + 1], Layout(coords=layout.coords[:, n : n + 1], grid=None), cache) for n in range(x.shape[1])
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), mixer(x, layout), atol=1e-6, rtol=1e-5)
