@@ -400,7 +400,9 @@ def test_a_mutated_file_is_refused_or_the_same(kind, cuts):
 def test_a_packet_does_not_pass_for_its_neighbour():
     data, images = a_file("uniform", "interleaved")
     start = len(data) - container.read(data).payload_size
-    for cut in range(1, 7):  # everything behind is read `cut` bytes too early, some of it at the bounds of another packet
+    for cut in range(
+        1, 7
+    ):  # everything behind is read `cut` bytes too early, some of it at the bounds of another packet
         found = attempt(data[:start] + data[start + cut :])
         assert all(((ids == expected) | (ids < 0)).all() for ids, expected in zip(found, images, strict=True))
         assert sum((ids >= 0).sum() for ids in found) == 0
