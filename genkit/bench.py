@@ -69,7 +69,7 @@ def run(suite: str, *, quick: bool = False, threads: int | None = None) -> list[
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads={threads} must be at least 1")
-    cases = _load(suite)
+    cases = load(suite)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -95,7 +95,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (row["case"], row["peer"], f"{row['ratio']:.2f}x", goal, ours, f"{row['peer_s'] * 1e3:.2f} ms", *numbers)
 
 
-def _load(suite: str) -> Callable[[bool], Iterable[Case]]:
+def load(suite: str) -> Callable[[bool], Iterable[Case]]:
+    """The function `cases` of a suite. Raises UsageError outside a checkout or for an unknown suite."""
     if not _FOLDER.is_dir():
         raise UsageError(f"benchmarks live in a checkout of genkit, and {_FOLDER} does not exist; run from a clone")
     known = sorted(path.stem for path in _FOLDER.glob("*.py"))
