@@ -103,10 +103,7 @@ def _part_keys(section: str, word: str) -> list[Key]:
             type=_name(option.annotation),
             default="required" if option.default is inspect.Parameter.empty else _value(option.default),
             about=about.get(name, ""),
-            nested=next(
-                (m.section for m in getattr(option.annotation, "__metadata__", ()) if isinstance(m, registry.Nested)),
-                None,
-            ),
+            nested=nested.section if (nested := registry.nested_part(option.annotation)) else None,
         )
         for name, option in registry.options(cls).items()
         if name not in given

@@ -116,7 +116,7 @@ def check(section: str, spec: Any, path: str, where: typing.Callable[[str], str]
             )
     checked: dict[str, Any] = {"type": spec["type"]}
     for name, option in accepted.items():
-        nested = next((m for m in getattr(option.annotation, "__metadata__", ()) if isinstance(m, Nested)), None)
+        nested = nested_part(option.annotation)
         value = spec.get(name)
         if name not in spec or (value is None and not accepts_null(option.annotation)):
             if option.default is inspect.Parameter.empty:
@@ -166,6 +166,12 @@ def maker(section: str, spec: dict[str, Any] | list[dict[str, Any]]) -> typing.C
         return build(section, chosen, **given)
 
     return make
+
+
+def nested_part(annotation: Any) -> Nested | None:
+    """The mark of a nested part, also of one that may be null."""
+    marked = (annotation, *typing.get_args(annotation))
+    return next((m for a in marked for m in getattr(a, "__metadata__", ()) if isinstance(m, Nested)), None)
 
 
 def accepts_null(annotation: Any) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from genkit import registry
 from genkit.backbones.fit import FiT, Packing
 from genkit.errors import GenkitError, UsageError
 from genkit.importers import fit
@@ -365,3 +366,11 @@ def test_weights_that_do_not_fit_are_named():
     with pytest.raises(UsageError, match="no published FiT has a width of 16"):
         fit.convert(state)
     assert math.prod(state["x_embedder.proj.weight"].shape) == 16 * 12
+
+
+def test_a_mixer_that_may_be_absent_is_checked_as_any_other():
+    assert registry.check("backbone", {"type": "fit"}, "backbone")["mixer"] is None
+    checked = registry.check("backbone", {"type": "fit", "mixer": {"type": "attention"}}, "backbone")
+    assert checked["mixer"]["num_heads"] == 4  # its defaults are filled in
+    with pytest.raises(UsageError, match=r"unknown key backbone\.mixer\.num_head; did you mean 'num_heads'"):
+        registry.check("backbone", {"type": "fit", "mixer": {"type": "attention", "num_head": 2}}, "backbone")

@@ -146,7 +146,8 @@ class DiMSUM(ModelMixin, ConfigMixin):
         mlp_ratio: hidden channels of the gated perceptrons per channel.
         positions: "table", trained; "sincos", fixed waves.
         band_layout: see nn.wavelet; "release" for the released weights.
-        learn_sigma, time_scale: as in DiT.
+        learn_sigma: two outputs per channel, the second for variances.
+        time_scale: what t is multiplied by before it becomes waves.
         drop_path: probability that a sample skips what the last layer adds to the stream; grows from 0 with the depth.
 
     Raises: UsageError for sizes that do not fit each other.

@@ -38,6 +38,7 @@ class DiT(ModelMixin, ConfigMixin):
         dim, depth: of the paper's sizes, S 384 and 12, B 768 and 12, L 1024 and 24, XL 1152 and 28, with 6, 12, 16 and 16 heads.
         patch_size: cells per axis of a token: one number, or one per axis.
         mixer: a part, or a list of parts repeated through the depth; attention without rotation or norms is the paper's.
+        mlp_ratio: hidden channels of the perceptrons per channel.
         gelu: "tanh" as in DiT; "none", the exact one, is faster on a CPU.
         positions: "sincos" fixed waves; "table" trained vectors, stretched where the grid is another.
         beyond: how waves meet a grid of another size, see GridPositions.

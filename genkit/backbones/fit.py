@@ -121,12 +121,14 @@ class FiT(ModelMixin, ConfigMixin):
         dim, depth, num_heads: of FiTv2, B 768, 15 and 12; XL 1152, 36 and 16; 3B 2304, 40 and 24; of FiT, XL 1152, 28 and 16.
         patch_size: cells per axis of a token: one number, or one per axis.
         mlp_dim: hidden channels of the gated perceptron; by default 8/3 dim as in FiTv2; FiT has 4 dim.
-        shared_adaln: FiTv2: one modulation for all blocks, to which each adds one of rank `adaln_rank` (by default dim / 4); else one of full rank in
-            each block, as FiT.
-        qk_norm: FiTv2.
-        mixer: in place of attention; its positions are then its own affair.
-        rope, rope_per_axis, rope_gain, rope_trained: rotary positions on larger grids, see Extrapolation; rope_trained is by default the longest axis
-            of the trained grid, in tokens.
+        shared_adaln: one modulation for all blocks, to which each adds one of low rank, as FiTv2; else one of full rank in each block, as FiT.
+        adaln_rank: that rank; by default dim / 4.
+        qk_norm: layer norm of queries and keys, as FiTv2.
+        mixer: in place of attention, a part or a list of parts repeated through the depth; positions are then its own affair.
+        rope: frequencies of rotary positions on grids larger than the trained one, see nn.extrapolation.
+        rope_per_axis: every axis by its own length; else all by the longest.
+        rope_gain: of the attention logits by the number of tokens.
+        rope_trained: tokens along an axis while training; by default along the longest of the grid.
         learn_sigma: two outputs per channel, as FiT.
         time_scale: what t is multiplied by before it becomes waves.
         dropout: on both residual branches.

@@ -156,6 +156,7 @@ class FITInterleaved(ModelMixin, ConfigMixin):
         patch_size: cells per axis of a token.
         mixer, global_mixer: of the local and the global layers; the latter see a line of T m latents, tile by tile.
         num_heads, latent_heads: of the attention between tokens and latents (the fewer of the two), and to the condition (the latter).
+        mlp_ratio: hidden channels of the perceptrons per channel.
         self_cond: share of a batch that in training first runs without, and then with the latents of that run (0.5 in the release; Snap Video 0.9). Above 0,
             a cache given while sampling carries the latents from step to step.
         time_scale: t is multiplied by it; 1000 for t in [0, 1], 1 for steps 0 .. 999.
