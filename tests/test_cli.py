@@ -228,6 +228,8 @@ def test_eval_passes_its_options(stub, run_directory, capsys):
     calls = []
 
     class Report:
+        path = Path("r.json")
+
         def to_dict(self):
             return {"rows": []}
 
