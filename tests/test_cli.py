@@ -250,7 +250,7 @@ def test_eval_passes_its_options(stub, run_directory, capsys):
     assert settings["weights"] == "w"
     assert settings["out"] == "r.json"
     assert settings["ema"] is True
-    assert capsys.readouterr().out == "a table\n"
+    assert capsys.readouterr().out == "a table\nreport: r.json\n"
     cli.main(["eval", str(run_directory)])
     assert calls[1][1]["out"] is None  # evaluate itself knows where a run's report belongs
 
