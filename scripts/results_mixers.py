@@ -2,7 +2,7 @@
 
     python scripts/results_mixers.py            # the tokenizer where it is missing, then about ten minutes
 
-What is measured is kept in OUT/mixers.json: stopped and started again, it goes on with the mixers that are missing.
+What is measured is kept in OUT: stopped and started again, it goes on with the mixers that are missing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,21 +87,22 @@ def tokens(out: Path) -> tuple[Tensor, Tensor]:
     return loaded["ids"], loaded["labels"]
 
 
-def measure(spec: Any, ids: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Train the quick start's generator, half as wide, with this mixer; the same ids, masks and learning rates for all."""
+def steps(spec: Any, ids: Tensor, labels: Tensor, count: int) -> Iterator[tuple[float, float, Masked]]:
+    """(loss, seconds, model) of each step of the quick start's generator, half as wide, with this mixer.
+
+    The same ids, masks and learning rates for all mixers.
+    """
     torch.manual_seed(0)
-    checked = (
-        [check("mixer", part, "mixer") for part in spec] if isinstance(spec, list) else check("mixer", spec, "mixer")
-    )
+    parts = spec if isinstance(spec, list) else [spec]
+    mixer = [check("mixer", part, "mixer") for part in parts]
     grid = tuple(ids.shape[2:])
-    model = Masked(codebook_size=512, num_levels=1, num_classes=10, grid=grid, dim=DIM, depth=4, mixer=checked)
+    model = Masked(codebook_size=512, num_levels=1, num_classes=10, grid=grid, dim=DIM, depth=4, mixer=mixer)
     optimizer, objective, layout = adamw(model, TRAIN), Objective(label_smoothing=0.0), dense_layout(grid)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(1))
-    losses, seconds = [], []
-    for step in range(STEPS):
-        started = time.process_time()
+    for step in range(count):
         chosen = order[(step * BATCH + torch.arange(BATCH)) % len(order)]
         rng = Rng.at(0, step * BATCH, BATCH, "cpu")
+        started = time.process_time()
         loss = objective(model, ids[chosen], {"label": labels[chosen]}, layout, rng)["nll"].mean()
         loss.backward()
         for group in optimizer.param_groups:
@@ -107,13 +110,22 @@ def measure(spec: Any, ids: Tensor, labels: Tensor) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), TRAIN["clip"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        seconds.append(time.process_time() - started)
-    return {
-        "losses": losses,
-        "ms": 1000 * sorted(seconds)[len(seconds) // 2],
-        "parameters": sum(p.numel() for block in model.blocks for p in block.mixer.parameters()) // len(model.blocks),
-    }
+        yield loss.item(), time.process_time() - started, model
+
+
+def trained(spec: Any, ids: Tensor, labels: Tensor) -> dict[str, Any]:
+    """All losses of a training, and the mean number of parameters of a mixer."""
+    taken = list(steps(spec, ids, labels, STEPS))
+    blocks = [block for name, block in taken[-1][2].blocks.named_children()]
+    count = sum(p.numel() for block in blocks for p in block.get_submodule("mixer").parameters()) // len(blocks)
+    return {"losses": [loss for loss, _, _ in taken], "parameters": count}
+
+
+def timed(ids: Tensor, labels: Tensor) -> dict[str, float]:
+    """Median milliseconds of a step by name, in CPU time of the one thread, the mixers taking turns."""
+    running = {name: steps(spec, ids, labels, 25) for name, spec in mixers().items()}
+    rounds = [{name: next(run)[1] for name, run in running.items()} for _ in range(25)]
+    return {name: 1000 * statistics.median([seconds[name] for seconds in rounds[5:]]) for name in running}
 
 
 def last(found: dict[str, Any]) -> float:
@@ -121,13 +133,15 @@ def last(found: dict[str, Any]) -> float:
     return sum(found["losses"][-20:]) / 20
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(found: dict[str, dict[str, Any]], times: dict[str, float]) -> str:
     rows = [
-        "| mixer | loss at the end, nats per masked token | CPU ms per step | parameters of the mixer |",
-        "|---|---|---|---|",
+        "| mixer | loss at the end, nats per masked token | CPU ms per step | of attention's | parameters of the mixer |",
+        "|---|---|---|---|---|",
     ]
     for name, values in sorted(found.items(), key=lambda item: last(item[1])):
-        rows.append(f"| {name} | {last(values):.3f} | {values['ms']:.0f} | {values['parameters']:,} |")
+        rows.append(
+            f"| {name} | {last(values):.3f} | {times[name]:.0f} | {times[name] / times['attention']:.2f} | {values['parameters']:,} |"
+        )
     return "\n".join(rows)
 
 
@@ -163,34 +177,52 @@ def draw(found: dict[str, dict[str, Any]]) -> None:
     figure.savefig(PLOT, dpi=110)
 
 
-def write(found: dict[str, dict[str, Any]]) -> None:
+def write(found: dict[str, dict[str, Any]], times: dict[str, float]) -> None:
     """The table into the page, between its markers."""
     text = PAGE.read_text(encoding="utf-8")
-    block = f"<!-- table -->\n{table(found)}\n<!-- end -->"
+    block = f"<!-- table -->\n{table(found, times)}\n<!-- end -->"
     PAGE.write_text(re.sub(r"<!-- table -->.*<!-- end -->", lambda _: block, text, flags=re.DOTALL), encoding="utf-8")
+
+
+def losses(out: Path, ids: Tensor, labels: Tensor) -> dict[str, dict[str, Any]]:
+    """Every training, kept in a file: a mixer that is there with the same options is not trained again."""
+    path = out / "mixers.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for name, spec in mixers().items():
+        if found.get(name, {}).get("spec") != spec:
+            found[name] = {"spec": spec, **trained(spec, ids, labels)}
+            path.write_text(json.dumps(found))
+        print(f"{name:40} {found[name]['losses'][0]:.3f} -> {last(found[name]):.3f}", flush=True)
+    return {name: found[name] for name in mixers()}
+
+
+def times(out: Path, ids: Tensor, labels: Tensor) -> dict[str, float]:
+    """What `timed` found, kept in a file."""
+    path = out / "times.json"
+    if not path.exists():
+        path.write_text(json.dumps(timed(ids, labels)))
+    return json.loads(path.read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "what", nargs="*", default=["losses", "times", "page"], help="losses, times, page; by default all"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/results-mixers"), help="where the tokenizer and figures lie"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
     ids, labels = tokens(args.out)
-    record = args.out / "mixers.json"
-    found = json.loads(record.read_text()) if record.exists() else {}
-    for name, spec in mixers().items():
-        if found.get(name, {}).get("spec") != spec:
-            found[name] = {"spec": spec, **measure(spec, ids, labels)}
-            record.write_text(json.dumps(found))
-        print(
-            f"{name:40} {found[name]['losses'][0]:.3f} -> {last(found[name]):.3f}  {found[name]['ms']:.0f} ms",
-            flush=True,
-        )
-    found = {name: found[name] for name in mixers()}
-    draw(found)
-    write(found)
+    if "losses" in args.what:
+        losses(args.out, ids, labels)
+    if "times" in args.what:
+        times(args.out, ids, labels)
+    if "page" in args.what:
+        found = losses(args.out, ids, labels)
+        draw(found)
+        write(found, times(args.out, ids, labels))
 
 
 if __name__ == "__main__":
