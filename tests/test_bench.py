@@ -113,4 +113,4 @@ def test_both_sides_of_vq_do_the_same(tokenizers: ModuleType, shape: tuple[int, 
 
 def test_every_suite_lists_its_cases() -> None:
     for path in sorted(SUITES.glob("*.py")):
-        assert callable(bench._load(path.stem)), path
+        assert callable(bench.load(path.stem)), path
