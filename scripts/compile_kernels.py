@@ -103,7 +103,7 @@ def assemble(ptx: str, arch: int) -> str:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         target = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-        command = [str(ptxas), "-v", f"--gpu-name={target}", str(source), "-o", os.devnull]
+        command = [str(ptxas), "-v", "--regAllocOptLevel=2", f"--gpu-name={target}", str(source), "-o", os.devnull]
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 

@@ -44,11 +44,11 @@ def block_sparse_attention(
     """
     if q.ndim != 4 or q.shape[-1] < 1:
         raise ValueError(f"block_sparse_attention: q must be [B, H, N, K], got {list(q.shape)}")
-    B, H, N, K = q.shape
-    L = pattern.num_keys
+    B, H, _, K = q.shape
+    N, L = pattern.num_queries, pattern.num_keys
     V = v.shape[-1] if v.ndim == 4 else 0
     for name, given, shape in (
-        ("q", q, (B, H, pattern.num_queries, K)),
+        ("q", q, (B, H, N, K)),
         ("k", k, (B, H, L, K)),
         ("v", v, (B, H, L, max(V, 1))),
     ):
