@@ -22,6 +22,7 @@ from genkit.dispatch import is_interpreting
 
 _EVERY = 64  # tokens between the states that anchor the gradient of the decays
 _MOST = 128  # channels: the state of a program stays in registers
+_MOST_SINGLE = 64  # in float32, whose products run without tensor cores from whole rows in registers
 
 
 @triton.jit
@@ -96,8 +97,8 @@ def refuses(
     """Why these arguments need another path."""
     if v.dtype == torch.float64:
         return f"it computes in float32, these are {v.dtype}"
-    widest = max(q.shape[3], v.shape[3])
-    return None if widest <= _MOST else f"it takes at most {_MOST} channels per head, these have {widest}"
+    widest, most = max(q.shape[3], v.shape[3]), _MOST_SINGLE if v.dtype == torch.float32 else _MOST
+    return None if widest <= most else f"in {v.dtype} it takes at most {most} channels per head, these have {widest}"
 
 
 def ssd(
@@ -129,8 +130,8 @@ def _blocks(R: int, C: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
     """Tile sizes and warps for which nothing is spilled on sm_80 and sm_90; tensor cores want 16 of everything."""
     BR, BC = (max(16, triton.next_power_of_2(width)) for width in (R, C))
     if dtype == torch.float32:
-        return {"BT": 16, "BR": BR, "BC": min(BC, 32)}, 8
-    return {"BT": 32, "BR": BR, "BC": min(BC, 64 if BR <= 64 else 32)}, 4 if BR <= 64 else 8
+        return {"BT": 16, "BR": BR, "BC": 16}, 8
+    return {"BT": 32, "BR": BR, "BC": min(BC, 32 if BR <= 64 else 16)}, 8
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -228,8 +229,8 @@ def variants() -> list[dict[str, Any]]:
     """What to compile ahead of time: the four roles in float32 and bfloat16, for the head widths of published models."""
     found = []
     roles = {"o": (False, False), "dv": (False, True), "dq": (True, False), "dk": (True, True)}
-    for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        for width in (64, 128):
+    for kind, dtype, widths in (("fp32", torch.float32, (64,)), ("bf16", torch.bfloat16, (64, 128))):
+        for width in widths:
             for name, (by_column, back) in roles.items():
                 blocks, num_warps = _blocks(width, width, dtype)
                 arguments = dict.fromkeys(("x", "y", "z"), f"*{kind}")
