@@ -1,9 +1,16 @@
-"""Quantisers of genkit.nn against vector-quantize-pytorch at equal settings, and images per second of whole tokenizers."""
+"""Quantisers of genkit.nn against vector-quantize-pytorch at equal settings, and images per second of whole tokenizers.
+
+`genkit bench tokenizers` times them. `python benchmarks/tokenizers.py [PART OF A NAME]` says by how much the memory of a fresh process grows at most in
+two training steps, ours and the peer's.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -233,3 +240,42 @@ def _peer_name() -> str:
         return f"{PEER} {version(PEER)}"
     except PackageNotFoundError:
         return PEER
+
+
+def _memory(part: str) -> None:
+    """A line for each case whose name has this part: MiB that the process grows by, ours and theirs."""
+    for number, case in enumerate(cases(quick=False)):
+        if part in case.name and "train step" in case.name:
+            grown = [
+                subprocess.run(
+                    [sys.executable, __file__, str(number), side], stdout=subprocess.PIPE, text=True, check=True
+                )
+                for side in ("ours", "peer")
+            ]
+            ours, peer = (float(done.stdout.split()[-1]) for done in grown)
+            print(f"{case.name}: {ours:.0f} MiB, {case.peer_name} {peer:.0f} MiB", flush=True)
+
+
+def _grow(number: int, side: str) -> None:
+    case = next(case for i, case in enumerate(cases(quick=False)) if i == number)
+    step = getattr(case, side)
+    small = torch.ones(64, 64, requires_grad=True)
+    (small @ small).sum().backward()  # what the libraries set up once is nobody's
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
+    before = _status("VmRSS")
+    step()
+    step()
+    print(_status("VmHWM") - before)
+
+
+def _status(word: str) -> float:
+    """A line of /proc/self/status in MiB; Linux alone has it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{word}:"))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        _grow(int(sys.argv[1]), sys.argv[2])
+    else:
+        _memory(sys.argv[1] if len(sys.argv) > 1 else "")
