@@ -15,7 +15,6 @@ import fnmatch
 import io
 import json
 import multiprocessing
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -119,7 +118,7 @@ class Store:
         if name not in self.values:
             print("measure", name, flush=True)
             self.values[name] = measure()
-            self.path.write_text(json.dumps(self.values, indent=1, sort_keys=True) + "\n")
+            self.path.write_text(json.dumps(self.values, indent=1) + "\n")
         return self.values[name]
 
 
@@ -389,6 +388,8 @@ def plot(path: Path, found: dict[str, dict[str, list[dict[str, float]]]]) -> Non
                 }
                 axis.plot([p["bpp"] for p in points], [p[figure_name] for p in points], label=name, **style)
             axis.set(xscale="log", xlabel="bits per pixel", ylabel=label, title=data)
+            axis.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2, 4], ["0.05", "0.1", "0.2", "0.5", "1", "2", "4"])
+            axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
@@ -404,11 +405,9 @@ def page(out: Path) -> None:
     measured = Store(out / "measured.json").values
     text = PAGE.read_text(encoding="utf-8")
     for name, lines in tables(out, measured).items():
-        start = f"<!-- {name} -->"
-        pattern = re.compile(rf"(?<={re.escape(start)}\n).*?(?=<!-- end -->)", re.DOTALL)
-        count = len(pattern.findall(text))
-        text = pattern.sub("\n".join(lines) + "\n", text)
-        assert count == 1, f"{PAGE} has no place for the table {name}"
+        before, mark, after = text.partition(f"<!-- {name} -->\n")
+        assert mark, f"{PAGE} has no place for the table {name}"
+        text = before + mark + "\n".join(lines) + "\n" + after[after.index("<!-- end -->") :]
     PAGE.write_text(text, encoding="utf-8")
 
 
