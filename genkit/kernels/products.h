@@ -78,6 +78,32 @@ static inline vf power(vf x) {
   return x < splat(-126.0f) ? vf{} : p * (vf)(t << 23);
 }
 
+// Largest and sum of the first n lanes, by halves.
+template <int n>
+struct Lanes {
+  typedef float type __attribute__((vector_size(4 * n)));
+};
+template <int n>
+static inline float largest(typename Lanes<n>::type v) {
+  if constexpr (n == 2) {
+    return v[0] > v[1] ? v[0] : v[1];
+  } else {
+    typename Lanes<n / 2>::type half[2];
+    std::memcpy(half, &v, sizeof v);
+    return largest<n / 2>(half[0] > half[1] ? half[0] : half[1]);
+  }
+}
+template <int n>
+static inline float total(typename Lanes<n>::type v) {
+  if constexpr (n == 2) {
+    return v[0] + v[1];
+  } else {
+    typename Lanes<n / 2>::type half[2];
+    std::memcpy(half, &v, sizeof v);
+    return total<n / 2>(half[0] + half[1]);
+  }
+}
+
 // Memory of one thread, aligned to a vector of any width.
 class Scratch {
   std::vector<float> all;

@@ -133,16 +133,15 @@ extern "C" void octree_forward(const float* q, const float* k, const float* v, c
             float* row = task.scores + r * columns;
             vf tops = load(row), sums{};
             for (int64_t c = W; c < columns; c += W) tops = max(tops, load(row + c));
-            float top = tops[0];
-            for (int l = 1; l < W; ++l) top = tops[l] > top ? tops[l] : top;
+            const float top = largest<W>(tops);
             for (int64_t c = 0; c < columns; c += W) {
               const vf p = power(load(row + c) - top);
               store(row + c, p);
               sums += p;
             }
-            const float total = sum(sums), by = 1.0f / total;
+            const float weight = total<W>(sums), by = 1.0f / weight;
             for (int64_t c = 0; c < columns; c += W) store(row + c, load(row + c) * by);
-            lse[head * M + at.first + (i + r) * dilation] = top + std::log2(total);
+            lse[head * M + at.first + (i + r) * dilation] = top + std::log2(weight);
           }
           product<OVERWRITE>(task.scores, columns, 1, values, task.V, out + i * task.V, task.V, count, task.V, n);
         }

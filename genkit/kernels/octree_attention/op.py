@@ -1,4 +1,8 @@
-"""Attention in windows of consecutive nodes of an octree, after OctFormer (Wang 2023): linear in the number of nodes."""
+"""Attention in windows of consecutive nodes of an octree, after OctFormer (Wang 2023): linear in the number of nodes.
+
+There is no Triton path: on a GPU the windows are one batch of torch's own attention, whose kernels take a mask. On a CPU that batch is several times slower
+than the compiled path (benchmarks/octree_attention.py).
+"""
 
 from __future__ import annotations
 
