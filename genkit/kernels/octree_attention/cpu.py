@@ -81,13 +81,12 @@ def _backward(
     M, H, K = q.shape
     V = v.shape[-1]
     delta = (do.float() * o.float()).sum(-1).T.contiguous()  # [H, M]
-    given = _plain(q, k, v)
-    dq, dk, dv = (torch.empty_like(x) for x in given)
+    dq, dk, dv = (torch.empty(x.shape) for x in (q, k, v))
     dbias = torch.zeros(bias.shape if needs_bias and bias is not None else 0)
     sizes = (M, H, K, V, window, dilation, shift, bias is not None and len(bias) == 1)
     call = native.function("octree_attention", "octree_backward", "p" * 13 + "i" * 8 + "f")
     side = (batch_ids.contiguous(), *_plain(bias), _whole(depth), lse, *_plain(do), delta)
-    call(*given, *side, dq, dk, dv, dbias if needs_bias else None, *sizes, scale)
+    call(*_plain(q, k, v), *side, dq, dk, dv, dbias if needs_bias else None, *sizes, scale)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dbias.to(q.dtype)
 
 

@@ -22,8 +22,10 @@ def octree_attention(
     scale: float,
 ) -> Tensor:
     """As `reference.octree_attention`."""
-    rows = (to_windows(x, window, dilation=dilation, shift=shift).transpose(1, 2) for x in (q, k, v))
+    q_rows, k_rows, v_rows = (
+        to_windows(x, window, dilation=dilation, shift=shift).transpose(1, 2) for x in (q, k, v)
+    )  # [W, H, window, K]
     seen = is_seen(batch_ids, depth, window, dilation, shift)[:, None]  # [W, 1, window, window]
     mask = seen if bias is None else bias.masked_fill(~seen, -torch.inf)
-    out = scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale)  # [W, H, window, V]
+    out = scaled_dot_product_attention(q_rows, k_rows, v_rows, attn_mask=mask, scale=scale)  # [W, H, window, V]
     return from_windows(out.transpose(1, 2), len(q), dilation=dilation, shift=shift).contiguous()
