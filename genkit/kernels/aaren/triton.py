@@ -153,7 +153,7 @@ def _forward(
     o, largest, total = torch.empty_like(v), *(torch.empty_like(scores, dtype=torch.float32) for _ in range(2))
     B, N, H, V = v.shape
     _forward_kernel[(B, H)](
-        scores, v, log_denominator, mean, o, largest, total, N, H, V, REVERSE=reverse, **_blocks(V), num_warps=4
+        scores, v, log_denominator, mean, o, largest, total, N, H, V, REVERSE=reverse, **_blocks(V), num_warps=_warps(V)
     )
     return o, largest, total
 
@@ -172,7 +172,7 @@ def _backward(
     inputs = [x.contiguous() for x in (scores, v, log_denominator, mean, o, largest, total, do, dtotal)]
     ds, dv, dlog, dmean = (torch.empty_like(x) for x in inputs[:4])
     B, N, H, V = v.shape
-    _backward_kernel[(B, H)](*inputs, ds, dv, dlog, dmean, N, H, V, REVERSE=reverse, **_blocks(V), num_warps=4)
+    _backward_kernel[(B, H)](*inputs, ds, dv, dlog, dmean, N, H, V, REVERSE=reverse, **_blocks(V), num_warps=_warps(V))
     return ds, dv, dlog, dmean
 
 
@@ -186,8 +186,12 @@ def _(
 
 
 def _blocks(V: int) -> dict[str, int]:
-    """Tokens and channels per tile; with more tokens the backward of 128 channels spills."""
+    """Tokens and channels per tile; with more tokens or fewer warps the backward of 128 channels spills."""
     return {"BT": 16 if is_interpreting() or V > 64 else 32, "BV": max(16, triton.next_power_of_2(V))}
+
+
+def _warps(V: int) -> int:
+    return 8 if V > 64 else 4
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -216,6 +220,6 @@ def variants() -> list[dict[str, Any]]:
                 signature = {key: (wide | sizes | constexprs).get(key, f"*{dtype}") for key in kernel.arg_names}
                 found.append(
                     {"kernel": kernel, "name": f"aaren_{name}_{dtype}_V{V}", "signature": signature, "constexprs": constants,
-                     "num_warps": 4, "num_stages": 2}
+                     "num_warps": _warps(V), "num_stages": 2}
                 )  # fmt: skip
     return found
