@@ -2,7 +2,7 @@
 
 An operation is a folder genkit/kernels/<op>/ whose files are its paths, each with a function named as the operation and the same arguments:
 
-    triton      GPU, or any tensor under the Triton interpreter (TRITON_INTERPRET=1 from the start)
+    triton      GPU; by order only, any tensor under the Triton interpreter (TRITON_INTERPRET=1 from the start)
     cpu         C++ compiled with the package
     torch       plain torch, fast where it runs; serves where the others cannot
     reference   plain torch that mirrors the equation: the specification, for any device and dtype
@@ -34,9 +34,13 @@ _KERNELS = Path(__file__).parent / "kernels"
 _log = logging.getLogger("genkit.kernels")
 
 
+# Read once: what torch.compile looks through must not read folders.
+_OPERATIONS = sorted(path.parent.name for path in _KERNELS.glob("*/op.py"))
+
+
 def operations() -> list[str]:
     """Every operation with a public function."""
-    return sorted(path.parent.name for path in _KERNELS.glob("*/op.py"))
+    return list(_OPERATIONS)
 
 
 class Operation:
@@ -82,6 +86,8 @@ class Operation:
         reasons: list[str] = []
         for name in self.paths:
             reason = self.refusal(name, *args, **kwargs)
+            if name == "triton" and args[0].device.type != "cuda":
+                reason = reason or "its interpreter is slow and serves only where it is asked for"
             if reason is None:
                 if not torch.compiler.is_compiling() and name not in self._logged:
                     self._logged.add(name)
