@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from genkit.kernels.selective_scan.op import selective_scan
 B, D, R, K = 2, 384, 16, 4  # batch, channels, states, taps
 LENGTHS = (256, 1024, 4096, 16384)
 FORWARD_GOAL, LOOP_GOAL, TRAIN_GOAL, CONV_GOAL = 35, 20, 25, 2
+OPERATIONS = 22  # of one state and step: 11 instructions of the multiply-add unit, 8 of them for the power of 2
 PEER_TRAINS_TO = 4096  # its backward pass at 16384 tokens holds 10 GB
 
 Scan = Callable[..., Tensor]
@@ -145,17 +146,20 @@ def _or_why(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any] | str:
 
 
 def peak(side: str, N: int) -> float:
-    """MiB that one forward and backward pass takes at its peak, beyond what the process held before; in this process, so call it once."""
-
-    def held() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
+    """MiB that one forward and backward pass takes at its peak, beyond what the process held before. Linux; once per process."""
     scan = {"ours": ours, "mambapy": peers}[side]
     training(scan, inputs(64))()  # libraries and threads
     run = training(scan, inputs(N))
-    before = held()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
+    before = _held()
     run()
-    return held() - before
+    return _held() - before
+
+
+def _held() -> float:
+    """The peak in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 def _median(run: Callable[[], Any], times: int = 9) -> float:
@@ -168,19 +172,6 @@ def _median(run: Callable[[], Any], times: int = 9) -> float:
     return statistics.median(found)
 
 
-def _limits() -> tuple[float, float]:
-    """(2^x per second, bytes per second): torch's own exp2 inside the cache, and its copy, both on all threads."""
-    small, large = torch.rand(2**14) - 1, torch.rand(2**25)
-    out, other = torch.empty_like(small), torch.empty_like(large)
-    many = 200
-
-    def powers() -> None:
-        for _ in range(many):
-            torch.exp2(small, out=out)
-
-    return small.numel() * many / _median(powers), 2 * 4 * large.numel() / _median(lambda: other.copy_(large))
-
-
 def main() -> None:
     if len(sys.argv) == 4 and sys.argv[1] == "peak":
         print(peak(sys.argv[2], int(sys.argv[3])))
@@ -189,16 +180,23 @@ def main() -> None:
         command = [sys.executable, __file__, "peak", side, "4096"]
         mib = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(f"peak of forward and backward, N 4096: {side} {mib:.0f} MiB", flush=True)
-    powers, copied = _limits()
-    print(f"torch on {torch.get_num_threads()} threads: {powers / 1e9:.2f} G exp2/s, copies {copied / 1e9:.1f} GB/s")
+    square = torch.rand(1024, 1024)
+    product = 2 * 1024**3 / _median(lambda: square @ square)
+    print(f"a matrix product on {torch.get_num_threads()} threads: {product / 1e9:.0f} GFLOP/s", flush=True)
     seconds = {}
     for N in LENGTHS:
         x, y = inputs(N), filter_inputs(N)
         seconds[N] = _median(forward(ours, x))
-        both, filtered = _median(training(ours, x), 5), _median(forward(our_filter, y))
+        states = B * N * D * R / seconds[N]
+        share = OPERATIONS * states / product
         print(
-            f"N {N}: scan {seconds[N] * 1e3:.2f} ms, {B * N * D * R / seconds[N] / 1e9:.2f} G states/s; with backward {both * 1e3:.2f} ms;"
-            f" convolution {filtered * 1e3:.3f} ms, {8 * B * N * D / filtered / 1e9:.1f} GB/s",
+            f"N {N}: scan {seconds[N] * 1e3:.2f} ms, {states / 1e9:.2f} G states/s, {share:.0%} of the product's rate"
+        )
+        print(f"N {N}: scan with backward {_median(training(ours, x), 5) * 1e3:.2f} ms")
+        clone = _median(lambda y=y: y["x"].clone())  # type: ignore[misc]
+        filtered, both = _median(forward(our_filter, y)), _median(training(our_filter, y), 5)
+        print(
+            f"N {N}: convolution {filtered * 1e3:.3f} ms, {clone / filtered:.0%} of the speed of x.clone(); with backward {both * 1e3:.3f} ms",
             flush=True,
         )
     print(f"16384 tokens take {seconds[16384] / seconds[4096]:.2f} times as long as 4096")

@@ -1,14 +1,9 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
-from genkit import native
 from genkit.errors import UsageError
 from genkit.kernels.causal_conv1d.op import causal_conv1d
 from tests.parity import assert_agrees, gradients
@@ -47,24 +42,6 @@ def test_triton_equals_the_reference(shape, reverse):
     pytest.importorskip("triton")
     activation = None if reverse else "silu"
     assert_agrees(causal_conv1d, "triton", some(*shape), activation=activation, reverse=reverse, return_state=True)
-
-
-@pytest.mark.parametrize("instructions", native.SETS[:-1])
-def test_lesser_instruction_sets(instructions):
-    """The comparisons above in a process of their own, because a library is chosen once."""
-    if native.SETS.index(instructions) > native.SETS.index(native.instruction_set()):
-        pytest.skip(f"this processor has no {instructions}")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "every_path_equals and cpu and not lesser",
-    ]
-    subprocess.run(command, check=True, env={**os.environ, "GENKIT_CPU_SET": instructions}, capture_output=True)
 
 
 @pytest.mark.parametrize("path", [*PATHS, "reference"])

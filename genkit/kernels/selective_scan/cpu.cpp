@@ -9,7 +9,7 @@ constexpr int STEPS = 32;
 constexpr int SPAN = 64;
 constexpr int BLOCKS = SPAN / W;
 #if defined(__AVX512F__)
-constexpr int NB = 8, NB_BACK = 4;  // of 32 registers
+constexpr int NB = 8, NB_BACK = 2;  // of 32 registers
 #else
 constexpr int NB = 4, NB_BACK = 2;  // of 16
 #endif
@@ -155,12 +155,19 @@ static void advance_all(int64_t R, int len, const vf* d, const vf* x, vf* y, con
   for (; n < R; ++n) advance<1, ANY>(len, d, x, y, a + n, h + n, B + n, C + n, step);
 }
 
+// Rows of a span are short and far apart: the processor does not foresee them, so the next chunk's are asked for while this one is computed.
+static inline void expect(const float* p) { __builtin_prefetch(p, 0, 2); }
+static inline void expect_write(const float* p) { __builtin_prefetch(p, 1, 2); }
+
 // The step sizes and inputs of a chunk: d [len][W] after bias and softplus, x = d u. Returns the largest |d|.
-static vf prepare(const Scan& s, int64_t batch, const Lanes& l, int64_t first, int len, vf* d, vf* x) {
+// `ahead`: from a row to that of the next chunk, in floats.
+static vf prepare(const Scan& s, int64_t batch, const Lanes& l, int64_t first, int len, int64_t ahead, vf* d, vf* x) {
   const vf bias = s.bias ? l.get(s.bias) : vf{};
   vf most{};
   for (int t = 0; t < len; ++t) {
     const int64_t at = (batch * s.N + s.row(first + t)) * s.D;
+    expect(s.delta + at + l.d + ahead);
+    expect(s.u + at + l.d + ahead);
     vf v = l.get(s.delta + at) + bias;
     if (s.softplus) v = softplus(v);
     d[t] = v;
@@ -182,6 +189,7 @@ extern "C" void selective_scan_forward(const float* u, const float* delta, const
       most_a[k] = gather(s.A, lanes[k], R, LOG2E, a.at + k * R);
       gather(s.h0 + batch * D * R, lanes[k], R, 1.0f, h.at + k * R);
     }
+    const int64_t ahead = s.sign() * STEPS * D;
     for (int64_t first = 0; first < N; first += STEPS) {
       const int len = N - first < STEPS ? int(N - first) : STEPS;
       const int64_t map = ((batch * N + s.row(first)) * groups + group) * R, step = s.sign() * groups * R;
@@ -189,8 +197,12 @@ extern "C" void selective_scan_forward(const float* u, const float* delta, const
         const Lanes& l = lanes[k];
         vf *ak = a.at + k * R, *hk = h.at + k * R;
         if (kept)
-          for (int64_t n = 0; n < R; ++n) l.put(kept + ((batch * s.chunks() + first / STEPS) * R + n) * D, hk[n]);
-        const vf most_d = prepare(s, batch, l, first, len, d, x);
+          for (int64_t n = 0; n < R; ++n) {
+            float* to = kept + ((batch * s.chunks() + first / STEPS) * R + n) * D;
+            l.put(to, hk[n]);
+            expect_write(to + l.d + R * D);
+          }
+        const vf most_d = prepare(s, batch, l, first, len, ahead, d, x);
         for (int t = 0; t < len; ++t) y[t] = vf{};
         if (is_small(most_d, most_a[k]))
           advance_all<false>(R, len, d, x, y, ak, hk, B + map, C + map, step);
@@ -204,8 +216,10 @@ extern "C" void selective_scan_forward(const float* u, const float* delta, const
           if (z) {
             const vf gate = l.get(z + at);
             v *= gate * logistic(gate);
+            expect(z + at + l.d + ahead);
           }
           l.put(out + at, v);
+          expect_write(out + at + l.d + ahead);
         }
       }
     }
@@ -302,13 +316,14 @@ static void retreat_span(const Span& p, int64_t R, int64_t n, int len, Chunk* ch
     run(len, chunks[k], p.a + at, p.kept + at, p.carry + at, p.dA + at, B + n, C + n, step, shareB, shareC);
   }
   static_assert(STEPS * M % W == 0);
+  alignas(64) float sumB[STEPS * M], sumC[STEPS * M];
   for (int i = 0; i < len * M; i += W) {
-    const vf sumB = fold<W>(shareB + i), sumC = fold<W>(shareC + i);
-    for (int j = 0; j < W && i + j < len * M; ++j) {
-      const int64_t at = (i + j) / M * step + n + (i + j) % M;
-      dB[at] = sumB[j];
-      dC[at] = sumC[j];
-    }
+    store(sumB + i, fold<W>(shareB + i));
+    store(sumC + i, fold<W>(shareC + i));
+  }
+  for (int t = 0; t < len; ++t) {
+    std::memcpy(dB + t * step + n, sumB + t * M, sizeof(float) * M);
+    std::memcpy(dC + t * step + n, sumC + t * M, sizeof(float) * M);
   }
 }
 
@@ -337,21 +352,27 @@ extern "C" void selective_scan_backward(const float* u, const float* delta, cons
       if (dlast) gather(dlast + batch * D * R, lanes[k], R, 1.0f, carry.at + k * R);
     }
     const Span p{lanes, blocks, a.at, h.at, carry.at, sumA.at, small};
-    const int64_t step = s.sign() * groups * R;
+    const int64_t step = s.sign() * groups * R, ahead = -s.sign() * STEPS * D;
     for (int64_t chunk = s.chunks() - 1; chunk >= 0; --chunk) {
       const int64_t first = chunk * STEPS;
       const int len = N - first < STEPS ? int(N - first) : STEPS;
       for (int k = 0; k < blocks; ++k) {
         const Lanes& l = lanes[k];
         Chunk& c = chunks[k];
-        for (int64_t n = 0; n < R; ++n) h.at[k * R + n] = l.get(kept + ((batch * s.chunks() + chunk) * R + n) * D);
-        small[k] = is_small(prepare(s, batch, l, first, len, c.d, c.x), most_a[k]);
+        for (int64_t n = 0; n < R; ++n) {
+          const float* from = kept + ((batch * s.chunks() + chunk) * R + n) * D;
+          h.at[k * R + n] = l.get(from);
+          expect(from + l.d - R * D);
+        }
+        small[k] = is_small(prepare(s, batch, l, first, len, ahead, c.d, c.x), most_a[k]);
         for (int t = 0; t < len; ++t) {
           const int64_t at = (batch * N + s.row(first + t)) * D;
           c.dy[t] = l.get(dout + at);
+          expect(dout + at + l.d + ahead);
           if (z) {
             const vf gate = l.get(z + at);
             c.dy[t] *= gate * logistic(gate);
+            expect(z + at + l.d + ahead);
           }
           c.y[t] = c.gB[t] = c.gA[t] = vf{};
         }
@@ -372,11 +393,14 @@ extern "C" void selective_scan_backward(const float* u, const float* delta, cons
           vf v = ut * c.gB[t] + c.gA[t] * LN2;
           if (s.softplus) v *= logistic(l.get(delta + at) + shift);
           l.put(ddelta + at, v);
+          expect_write(ddelta + at + l.d + ahead);
+          expect_write(du + at + l.d + ahead);
           sum_bias[k] += v;
           l.put(du + at, c.d[t] * c.gB[t] + D_skip * c.dy[t]);
           sum_skip[k] += c.dy[t] * ut;
           if (z) {
             const vf gate = l.get(z + at), open = logistic(gate);
+            expect_write(dz + at + l.d + ahead);
             l.put(dz + at, l.get(dout + at) * (c.y[t] + D_skip * ut) * open * (1.0f + gate * (1.0f - open)));
           }
         }
