@@ -68,7 +68,8 @@ def flex(pattern: Pattern, x: list[Tensor]) -> Callable[[], Tensor] | str:
 
     @torch.no_grad()
     def run() -> Tensor:
-        return compiled(*x, block_mask=mask)
+        q, k, v = x
+        return compiled(q, k, v, block_mask=mask)
 
     try:
         run()

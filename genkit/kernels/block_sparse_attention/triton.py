@@ -49,16 +49,16 @@ def _tile(X, start, count, WIDTH, BLOCK: tl.constexpr, BW: tl.constexpr, UPCAST:
 
 @triton.jit
 def _is_seen(
-    masks, mask_ids, valid, e, is_partial, i, j, at_i, at_j, N, L,
+    masks, mask_ids, valid, e, i, j, at_i, at_j, N, L,
     SIZE: tl.constexpr, PARTIAL: tl.constexpr, VALID: tl.constexpr,
 ):  # fmt: skip
-    """Whether queries i see keys j (their tile [BM, BN]); at_i, at_j are their places within the block."""
-    seen = (i < N)[:, None] & (j < L)[None, :]
+    """Whether queries i see keys j; at_i, at_j are their places within the block. One of each pair stands as a row, the other as a column."""
+    seen = (i < N) & (j < L)
     if VALID:
-        seen = seen & (tl.load(valid + j, mask=j < L, other=0) != 0)[None, :]
+        seen = seen & (tl.load(valid + j, mask=j < L, other=0) != 0)
     if PARTIAL:
         number = tl.load(mask_ids + e).to(tl.int64)
-        shown = tl.load(masks + number * SIZE * SIZE + at_i[:, None] * SIZE + at_j[None, :])
+        shown = tl.load(masks + number * SIZE * SIZE + at_i * SIZE + at_j)
         seen = seen & (shown != 0)
     return seen
 
@@ -78,7 +78,9 @@ def _forward_tiles(
         k = _tile(K_head, start, L, WK, BN, BK, UPCAST)  # [BN, BK]
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN], in units of log 2
         j = start + tl.arange(0, BN)
-        seen = _is_seen(masks, mask_ids, valid, e, PARTIAL, i, j, at_i, at_j, N, L, SIZE, PARTIAL, VALID)
+        seen = _is_seen(
+            masks, mask_ids, valid, e, i[:, None], j[None, :], at_i[:, None], at_j[None, :], N, L, SIZE, PARTIAL, VALID
+        )  # fmt: skip
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far: all powers become 0
@@ -145,7 +147,9 @@ def _dq_tiles(
         k = _tile(K_head, start, L, WK, BN, BK, UPCAST)  # [BN, BK]
         v = _tile(V_head, start, L, WV, BN, BV, UPCAST)  # [BN, BV]
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
-        seen = _is_seen(masks, mask_ids, valid, e, PARTIAL, i, j, at_i, at_j, N, L, SIZE, PARTIAL, VALID)
+        seen = _is_seen(
+            masks, mask_ids, valid, e, i[:, None], j[None, :], at_i[:, None], at_j[None, :], N, L, SIZE, PARTIAL, VALID
+        )  # fmt: skip
         p = tl.exp2(tl.where(seen, scores, float("-inf")) - norm[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
@@ -208,13 +212,16 @@ def _dkv_tiles(
         do = _tile(DO_head, start, N, WV, BM, BV, UPCAST)  # [BM, BV]
         norm = tl.load(NORM_head + i, mask=i < N, other=float("inf"))
         delta = tl.load(DELTA_head + i, mask=i < N, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
-        seen = _is_seen(masks, mask_ids, valid, e, PARTIAL, i, j, at_i, at_j, N, L, SIZE, PARTIAL, VALID)
-        p = tl.exp2(tl.where(seen, scores, float("-inf")) - norm[:, None])
-        dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        ds = p * (dp - delta[:, None])
-        dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee")
+        # Keys are the rows: p and ds are then left factors as they are.
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN, BM]
+        seen = _is_seen(
+            masks, mask_ids, valid, e, i[None, :], j[:, None], at_i[None, :], at_j[:, None], N, L, SIZE, PARTIAL, VALID
+        )  # fmt: skip
+        p = tl.exp2(tl.where(seen, scores, float("-inf")) - norm[None, :])
+        dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
     return dk, dv
 
 
@@ -259,16 +266,30 @@ def attend_backward_k(
     tl.store(DV + head * L * WV + at * WV + column[None, :], dv.to(DV.dtype.element_ty), mask=inside)
 
 
+# (kernel, whether float32, whether wider than 64) -> queries and keys of a tile, warps: the largest that spill no registers on sm_80 and sm_90, to which
+# scripts/compile_kernels.py holds them. Products in float32 are plain multiplications, unrolled, and need small tiles.
+_SHAPES = {
+    ("forward", False, False): (64, 64, 4),
+    ("forward", False, True): (64, 32, 8),
+    ("forward", True, False): (32, 32, 4),
+    ("forward", True, True): (32, 16, 8),
+    ("backward_q", False, False): (64, 64, 4),
+    ("backward_q", False, True): (32, 64, 8),
+    ("backward_q", True, False): (32, 16, 4),
+    ("backward_q", True, True): (32, 16, 8),
+    ("backward_k", False, False): (64, 64, 8),
+    ("backward_k", False, True): (32, 32, 8),
+    ("backward_k", True, False): (16, 16, 4),
+    ("backward_k", True, True): (16, 16, 8),
+}
+
+
 def _tiles(kernel: str, dtype: torch.dtype, block_size: int, width_k: int, width_v: int) -> dict[str, int]:
-    """Constants of a launch that spill no registers on sm_80 and sm_90 (scripts/compile_kernels.py holds them to it)."""
+    """The constants of a launch."""
     BK, BV = (max(16, triton.next_power_of_2(w)) for w in (width_k, width_v))
-    # Products in float32 are plain multiplications, unrolled: small tiles keep them in the registers, and compiling short.
-    BM = BN = min(block_size, 32 if dtype == torch.float32 else 64)
-    is_wide = max(BK, BV) > 64
-    return {
-        "SIZE": block_size, "BM": BM, "BN": BN, "BK": BK, "BV": BV,
-        "num_warps": 8 if is_wide and BM > 32 else 4, "num_stages": 2,
-    }  # fmt: skip
+    BM, BN, num_warps = _SHAPES[kernel, dtype == torch.float32, max(BK, BV) > 64]
+    BM, BN = min(BM, block_size), min(BN, block_size)
+    return {"SIZE": block_size, "BM": BM, "BN": BN, "BK": BK, "BV": BV, "num_warps": num_warps, "num_stages": 2}
 
 
 @torch.library.custom_op("genkit::block_sparse_attention_triton", mutates_args=())
