@@ -279,7 +279,7 @@ _SHAPES = {
     ("backward_q", True, True): (32, 16, 8),
     ("backward_k", False, False): (64, 64, 8),
     ("backward_k", False, True): (32, 32, 8),
-    ("backward_k", True, False): (16, 16, 4),
+    ("backward_k", True, False): (16, 32, 4),
     ("backward_k", True, True): (16, 16, 8),
 }
 
