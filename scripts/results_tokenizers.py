@@ -1,6 +1,6 @@
 """Everything that docs/results/tokenizers.md reports: trains the tokenizers, evaluates them, draws the pictures, fills in the tables.
 
-    python scripts/results_tokenizers.py                 # all of it: about an hour on two CPU cores
+    python scripts/results_tokenizers.py                 # all of it: about a quarter of an hour on two idle CPU cores
     python scripts/results_tokenizers.py train --only 'fashion-*'
     python scripts/results_tokenizers.py measure draw page
 
@@ -18,7 +18,7 @@ import multiprocessing
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from genkit import coding, registry
 from genkit.codec import lost
 from genkit.images import grid, to_pil, write_png
 from genkit.metrics.reconstruction import psnr
+from genkit.nn.grain import entropy_threshold
 from genkit.objectives.reconstruction import perceptual_distance
 from genkit.pipeline import open_run
 from genkit.report import Report
@@ -65,6 +66,7 @@ BUDGET = {"fashion": 8_000, "emoji": 4_000}  # images, with repetition
 FINE = {"fashion": 2, "emoji": 4}
 FINE_BUDGET = {"fashion": 5_000, "emoji": 4_000}
 TARGETS = (0.25, 0.5, 0.75)  # shares of fine regions
+GRAINS = ("fixed", "dqvae-25", "dqvae-50", "dqvae-75", "dqvae-entropy-25", "dqvae-entropy-50")
 OTHERS = (
     "vqgan",
     "klgan",
@@ -72,7 +74,8 @@ OTHERS = (
     "var_vq",
     "nfig",
     "titok",
-)  # networks of their own, budgets of their recipes
+)  # networks of their own
+OTHERS_BUDGET = {"fashion": 3_200, "emoji": 2_000}  # far less than their recipes': adversarial ones are slow, and all have to be seen
 
 
 def runs() -> dict[str, tuple[str, list[str]]]:
@@ -90,10 +93,10 @@ def runs() -> dict[str, tuple[str, list[str]]]:
         keys = [f"train.num_samples={FINE_BUDGET[data]}", "train.lr=2e-3", f"tokenizer.stride={FINE[data]}", SIZE, *LOG]
         found[f"{data}-fixed"] = (f"toy/vq-{data}", keys)
         for target in TARGETS:
-            found[f"{data}-dqvae-{round(100 * target)}"] = (
-                f"toy/dqvae-{data}",
-                [*keys, f"tokenizer.targets=[{target}]"],
-            )
+            found[name_of(data, "dqvae", target)] = (f"toy/dqvae-{data}", [*keys, f"tokenizer.targets=[{target}]"])
+        for target in TARGETS[:2]:
+            router = ["tokenizer.router=entropy", f"tokenizer.thresholds=[{threshold(data, target)}]"]
+            found[name_of(data, "dqvae-entropy", target)] = (f"toy/dqvae-{data}", [*keys, *router])
 
     add_equal("fashion")
     add_fine("emoji")
@@ -103,8 +106,19 @@ def runs() -> dict[str, tuple[str, list[str]]]:
     add_equal("emoji")
     add_fine("fashion")
     for data in DATA:
-        found |= {f"{data}-{name}": (f"toy/{name}-{data}", LOG) for name in OTHERS}
+        short = [f"train.num_samples={OTHERS_BUDGET[data]}", *LOG]
+        found |= {f"{data}-{name}": (f"toy/{name}-{data}", short) for name in OTHERS}
     return found
+
+
+def name_of(data: str, kind: str, target: float) -> str:
+    return f"{data}-{kind}-{round(100 * target)}"
+
+
+@cache
+def threshold(data: str, share: float) -> float:
+    """The entropy that this share of the regions of the training images exceeds, in nats."""
+    return round(entropy_threshold(images_of(data, "train"), 2 * FINE[data], share), 4)
 
 
 class Store:
@@ -155,7 +169,11 @@ def finished(out: Path, name: str) -> bool:
 
 def validation(data: str) -> Tensor:
     """Every held-out image, [N, C, Y, X] in [-1, 1]."""
-    spec = {"type": data, "split": "val"} | ({"size": 64} if data == "emoji" else {"source": "embedded"})
+    return images_of(data, "val")
+
+
+def images_of(data: str, split: str) -> Tensor:
+    spec = {"type": data, "split": split} | ({"size": 64} if data == "emoji" else {"source": "embedded"})
     dataset = registry.build("data", spec)
     return torch.stack([dataset[i]["x"] for i in range(len(dataset))])
 
@@ -327,7 +345,7 @@ def measure(out: Path) -> None:
         for name in ("rvq-8", "rvq-8-dropout"):
             if finished(out, f"{data}-{name}"):
                 store.get(f"{data}-{name} levels", partial(levels, out, f"{data}-{name}", data))
-        for name in ("fixed", *(f"dqvae-{round(100 * target)}" for target in TARGETS)):
+        for name in GRAINS:
             if finished(out, f"{data}-{name}"):
                 store.get(f"{data}-{name} codes", partial(codes_per_image, out, f"{data}-{name}", data))
         if all(finished(out, f"{data}-{name}") for name in ("vq", "rvq-2", "rvq-4", "rvq-8")):
@@ -472,7 +490,7 @@ def _usage(out: Path, name: str) -> tuple[str, str]:
 def _grains(out: Path, data: str, measured: dict[str, Any]) -> list[str]:
     rows = []
     fixed = measured.get(f"{data}-fixed codes")
-    for name in ("fixed", *(f"dqvae-{round(100 * target)}" for target in TARGETS)):
+    for name in GRAINS:
         codes = measured.get(f"{data}-{name} codes")
         if codes is None or fixed is None:
             continue
