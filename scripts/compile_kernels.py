@@ -26,9 +26,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
-os.environ.pop(
-    "TRITON_INTERPRET", None
-)  # decided when the kernels are imported: interpreted functions cannot be compiled
 
 SHARED_KB = {80: 163, 90: 227}  # what a block may use
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,13 +133,16 @@ def document(rows: list[Row]) -> str:
     )
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("operations", nargs="*", metavar="NAME", help="operations to compile; none = all")
     parser.add_argument("--only", default="", help="variants whose name holds this text")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
+    os.environ.pop(
+        "TRITON_INTERPRET", None
+    )  # decided when the kernels are imported: interpreted functions do not compile
     known = operations()
     if unknown := sorted(set(asked.operations) - set(known)):
         print(f"no operation '{unknown[0]}' with a Triton path; there are {', '.join(known)}", file=sys.stderr)
