@@ -83,6 +83,8 @@ def compile_one(op: str, index: int, arch: int) -> Row:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         log = assemble(compiled.asm["ptx"], arch)
     except Exception as error:  # whatever the compiler throws belongs in the table
+        while error.__cause__ is not None:
+            error = error.__cause__  # type: ignore[assignment]
         text = str(error).strip()
         return Row(op, variant["name"], arch, variant["num_warps"], 0, 0, 0, False, text or type(error).__name__)
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))

@@ -271,7 +271,7 @@ def attend_backward_k(
 _SHAPES = {
     ("forward", False, False): (64, 64, 4),
     ("forward", False, True): (64, 32, 8),
-    ("forward", True, False): (32, 32, 4),
+    ("forward", True, False): (32, 16, 4),
     ("forward", True, True): (32, 16, 8),
     ("backward_q", False, False): (64, 64, 4),
     ("backward_q", False, True): (32, 64, 8),
@@ -279,7 +279,7 @@ _SHAPES = {
     ("backward_q", True, True): (32, 16, 8),
     ("backward_k", False, False): (64, 64, 8),
     ("backward_k", False, True): (32, 32, 8),
-    ("backward_k", True, False): (16, 32, 4),
+    ("backward_k", True, False): (16, 16, 4),
     ("backward_k", True, True): (16, 16, 8),
 }
 
