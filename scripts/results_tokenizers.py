@@ -75,7 +75,10 @@ OTHERS = (
     "nfig",
     "titok",
 )  # networks of their own
-OTHERS_BUDGET = {"fashion": 3_200, "emoji": 2_000}  # far less than their recipes': adversarial ones are slow, and all have to be seen
+OTHERS_BUDGET = {
+    "fashion": 3_200,
+    "emoji": 2_000,
+}  # far less than their recipes': adversarial ones are slow, and all have to be seen
 
 
 def runs() -> dict[str, tuple[str, list[str]]]:
