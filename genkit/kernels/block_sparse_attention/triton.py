@@ -277,7 +277,7 @@ _SHAPES = {
     ("backward_q", False, True): (32, 64, 8),
     ("backward_q", True, False): (32, 16, 4),
     ("backward_q", True, True): (32, 16, 8),
-    ("backward_k", False, False): (64, 64, 8),
+    ("backward_k", False, False): (32, 32, 4),
     ("backward_k", False, True): (32, 32, 8),
     ("backward_k", True, False): (16, 16, 4),
     ("backward_k", True, True): (16, 16, 8),
