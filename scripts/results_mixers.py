@@ -154,26 +154,24 @@ def draw(found: dict[str, dict[str, Any]]) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 7))
     ranked = sorted(found, key=lambda name: -last(found[name]))
-    low, high = last(found[ranked[-1]]), last(found[ranked[0]])
     for i, name in enumerate(ranked):
         losses = torch.tensor(found[name]["losses"])
         smooth = losses.unfold(0, 20, 1).mean(-1)
-        color = plt.get_cmap("turbo")(i / max(1, len(ranked) - 1))
+        place = i / max(1, len(ranked) - 1)
+        color = plt.get_cmap("turbo")(place)
         axes.plot(range(20, len(losses) + 1), smooth, color=color, linewidth=1)
-        place = high + (low - high) * i / max(1, len(ranked) - 1)
-        spread = (place - (low + high) / 2) * 2.2 + (low + high) / 2  # room for every name
         axes.annotate(
             name,
             xy=(len(losses), float(smooth[-1])),
-            xytext=(len(losses) + 12, spread),
+            xytext=(1.06, 1 - place),  # from top to bottom, room for every name
+            textcoords="axes fraction",
             fontsize=7,
-            color=color,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)},
             annotation_clip=False,
         )
     axes.set(xlabel="step (batch 32)", ylabel="nats per masked token, mean of 20 steps", xlim=(20, STEPS))
-    figure.subplots_adjust(right=0.72)
+    figure.subplots_adjust(left=0.07, right=0.72, bottom=0.07, top=0.98)
     figure.savefig(PLOT, dpi=110)
 
 
