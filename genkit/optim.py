@@ -10,14 +10,16 @@ from torch import nn
 
 
 def adamw(model: nn.Module, train: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only (Loshchilov & Hutter 2019); norms, biases and embeddings are exempt.
+    """AdamW with weight decay on matrices only (Loshchilov & Hutter 2019); norms, biases and embeddings are exempt, and parameters that a
+    module names in its `undecayed`: decay rates and the like, for which 0 is no neutral value.
 
     The fused kernel does one pass over the parameters; on a CPU it is several times faster than the loop over tensors.
     """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    spared = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    spared |= {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "undecayed", ())}
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
-    exempt = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
+    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in spared]
+    exempt = [p for p in trained if p.ndim < 2 or id(p) in spared]
     groups = [
         {"params": decayed, "weight_decay": train["weight_decay"]},
         {"params": exempt, "weight_decay": 0.0},

@@ -23,6 +23,7 @@ from genkit.nn.layout import dense_layout
 from genkit.nn.rope import rope_table, rotate
 from genkit.nn.scan_orders import scan_order
 from genkit.objectives.masked import Masked as Objective
+from genkit.optim import adamw
 from genkit.registry import build, check, words
 from genkit.rng import Rng, sample_seeds
 
@@ -666,3 +667,12 @@ def test_a_list_of_mixers_is_a_pattern_over_the_depth():
 def test_options_that_do_not_fit_are_refused(word, options, message):
     with pytest.raises(UsageError, match=message):
         make(word, options)
+
+
+@pytest.mark.parametrize(("word", "names"), [("mamba", {"A_log"}), ("s5", {"eigenvalues", "B"})])
+def test_decay_rates_are_not_decayed(word, names):
+    mixer = build("mixer", {"type": word}, dim=16, layer=0)
+    optimizer = adamw(mixer, {"weight_decay": 0.1, "lr": 1e-3, "betas": (0.9, 0.95)})
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    spared = {name.rpartition(".")[2] for name, p in mixer.named_parameters() if p.ndim >= 2 and id(p) not in decayed}
+    assert spared == names

@@ -87,6 +87,8 @@ class Mamba(nn.Module):
 class SelectiveScan(nn.Module):
     """Convolution, selection and scan in one direction: u, z [B, N, E] -> (y silu(z), state of the convolution, state of the scan)."""
 
+    undecayed = ("A_log",)  # as published
+
     def __init__(self, *, width: int, rank: int, state_size: int, conv_width: int, is_reversed: bool):
         super().__init__()
         self.rank, self.state_size, self.is_reversed = rank, state_size, is_reversed

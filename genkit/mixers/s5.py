@@ -28,6 +28,8 @@ class S5(nn.Module):
     needs_grid = False
     is_resolution_free = True
 
+    undecayed = ("eigenvalues", "B")  # as published
+
     def __init__(self, *, dim: int, layer: int, state_size: int = 32, is_bidirectional: bool = False):
         super().__init__()
         if state_size < 1:
