@@ -102,13 +102,13 @@ def draw(found: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure, axes = pyplot.subplots(figsize=(8.5, 4.5))
     for i, suite in enumerate(SUITES):
         curves: dict[str, list[tuple[int, float, float | None]]] = {}
         for row in found["suites"].get(suite, []):
             tokens = re.search(r"N ?=? ?(\d+)|\[2, (\d+), 384\]|(\d+) nodes", row["case"])
             is_forward = not re.search(
-                "backward|gradient|time of|convolution|conv|aaren|copy", row["case"] + row["peer"]
+                "backward|gradient|time of|convolution|conv|aaren|copy|matmul", row["case"] + row["peer"]
             )
             if tokens and is_forward and row["peer_s"]:
                 number = int(next(group for group in tokens.groups() if group))
@@ -122,7 +122,7 @@ def draw(found: dict[str, Any]) -> None:
                 tokens_at, [p[2] * 1e3 for p in points if p[2]], style, color=f"C{i}", alpha=0.6, label=f"  {peer}"
             )
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms per forward pass")
-    axes.legend(fontsize=7, ncol=2)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(RESULTS / "kernels.png", dpi=110)
