@@ -9,6 +9,7 @@ from torch import Tensor
 from genkit.guidance import Guidance, guide
 from genkit.interfaces import Layout
 from genkit.nn.layout import dense_layout
+from genkit.nn.paths import Predictor, Straight
 
 LABELS = torch.tensor([3, 1, 2])
 IDS = torch.zeros(3, 1, 2, 2, dtype=torch.int64)
@@ -86,3 +87,47 @@ def test_layout_of_single_samples_is_doubled_and_shared_coordinates_are_not():
     assert spy.layouts[0].valid is not None
     assert spy.layouts[0].valid.shape == (6, 4)
     assert spy.layouts[1].coords is LAYOUT.coords
+
+
+def guided(guidance: Guidance, t: Tensor, weak=None, spy: Spy | None = None) -> Tensor:
+    """What is added to x_t = 0 in the first channel of two, labels 3, 1, 2."""
+    predict = guide(spy or Spy("z"), None, {"label": LABELS}, LAYOUT, guidance, weak)
+    return predict(torch.zeros(3, 2, 2, 2), t)[0][:, :, 0, 0]
+
+
+def test_outside_its_interval_guidance_costs_nothing():
+    spy = Spy("z")
+    interval = Guidance(3.0, interval=(0.2, 0.6))
+    torch.testing.assert_close(guided(interval, torch.tensor(0.7), spy=spy)[:, 0], LABELS.float())
+    assert spy.batch_sizes == [3]
+    torch.testing.assert_close(guided(interval, torch.tensor(0.5))[:, 0], -1 + 3 * (LABELS + 1.0))
+    mixed = guided(interval, torch.tensor([0.1, 0.5, 0.9]))[:, 0]  # each sample at a time of its own
+    torch.testing.assert_close(mixed, torch.tensor([3.0, -1 + 3 * 2.0, 2.0]))
+
+
+def test_channels_that_are_not_guided_keep_the_condition():
+    found = guided(Guidance(3.0, channels=1), torch.tensor(0.5))
+    torch.testing.assert_close(found[:, 0], -1 + 3 * (LABELS + 1.0))
+    torch.testing.assert_close(found[:, 1], LABELS.float())
+
+
+@pytest.mark.parametrize(("schedule", "at_quarter"), [("linear", 0.25), ("cosine", (1 - 0.5**0.5) / 2)])
+def test_schedules_grow_while_noise_is_removed(schedule, at_quarter):
+    for t, fraction in ((1.0, 0.0), (0.75, at_quarter), (0.0, 1.0)):
+        weight = 1 + 4 * fraction
+        found = guided(Guidance(5.0, schedule), torch.tensor(t))[:, 0]
+        torch.testing.assert_close(found, -1 + weight * (LABELS + 1.0))
+
+
+def test_autoguidance_leads_away_from_a_worse_model():
+    class Models(Spy):
+        def predictor(self, model, cond, layout):
+            def latents(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+                return x_t + model, x_t - model
+
+            return Predictor(Straight(), latents)
+
+    predict = guide(Models("z"), 5.0, {"label": LABELS}, LAYOUT, Guidance(2.0), weak=1.0)
+    x0, noise = predict(torch.zeros(3, 1, 2, 2), torch.tensor(0.5))
+    assert float(x0.mean()) == 1 + 2 * (5 - 1)
+    assert float(noise.mean()) == -(1 + 2 * (5 - 1))
