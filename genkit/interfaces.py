@@ -22,6 +22,10 @@ Cond = Mapping[str, "Tensor"]
 # The sampler decides when to refresh it, the mixer (under its own layer number) what is kept.
 Cache = dict[Any, Any]
 
+# What a kind of reuse (genkit/reuse/) puts into a cache for a whole network. Modules that ask for it name the key in `heeds`.
+ATTEND = "attend"  # (q, k, v [B, H, N, K], grid, valid) -> [B, H, N, K], in place of full attention
+BLOCKS = "blocks"  # (number of blocks, state, run(i, state) -> state) -> state, in place of running them one after the other
+
 
 class Path(Protocol):
     """How much data and noise are in x_t = alpha(t) x0 + sigma(t) noise: t = 0 is data, 1 noise. See genkit/nn/paths.py."""
@@ -75,6 +79,9 @@ class DataInfo:
     class_names: tuple[str, ...]  # empty = unlabelled
     fingerprint: str  # hex; changes when the samples or their order change
     source: str  # one line for people: where the samples came from
+    # Samples in sizes of their own: their sides are multiples of this, `shape` is the square they are as large as, and a batch has "size" [B, A] beside
+    # what is padded. 0 = every sample has `shape`.
+    unit: int = 0
 
 
 @runtime_checkable
@@ -130,6 +137,17 @@ class Objective(Protocol):
         self, model: Any, target: Tensor, cond: Cond, layout: Layout | None, rng: Rng
     ) -> dict[str, Tensor]: ...
     def predictor(self, model: Any, cond: Cond, layout: Layout) -> Predict | PredictIds: ...
+
+
+class Reuse(Protocol):
+    """What is carried from step to step of a sampler, and when it is refreshed: sampler.reuse in a recipe.
+
+    `target` says whose samplers it serves, as an objective's. Of latents ("z"), `start(model)` returns the model as one sampling run calls it, with a cache
+    of its own; halves of a guided batch are rows like others. A kind that serves ids is handed to the sampler's constructor instead, as `reuse`.
+    start raises UsageError for a backbone it cannot serve.
+    """
+
+    target: str
 
 
 class Sampler(Protocol):
