@@ -6,6 +6,7 @@ condition (autoguidance: Karras et al., 2024). Strength 1 is no guidance, 0 the 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from genkit.interfaces import Cache, Cond, Layout, Predict, PredictIds
+from genkit.interfaces import Cache, Cond, Layout, Predict, PredictIds, PredictNext
 from genkit.nn.paths import Predictor
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -27,7 +28,8 @@ class Guidance:
         strength: >= 0; 1 gives the plain predictor, without the second half of the batch.
         schedule: "constant"; "linear": from 1 to strength with the fraction of a sample's ids that are known (as MUSE, 2023, and MAR, 2024), of latents
             with 1 - t; "cosine": the same along (1 - cos(pi f)) / 2. What is drawn from almost nothing keeps its variety.
-        interval: latents are guided only while t is in it (Kynkaanniemi et al., 2024); outside, the second half is not computed.
+        interval: latents are guided only while t is in it (Kynkaanniemi et al., 2024); outside, the second half is not computed. Ids that are drawn in
+            sequence: the same, t falling from 1 at the first step to 0 at the last (as LlamaGen's interval).
         channels: of latents, only the first so many are guided; None = all.
     """
 
@@ -46,7 +48,7 @@ class Guidance:
 
 def guide(
     objective: Any, model: Any, cond: Cond, layout: Layout, guidance: Guidance, weak: Any = None
-) -> Predict | PredictIds:
+) -> Predict | PredictIds | PredictNext:
     """What the sampler of this objective may call, guided.
 
     Args:
@@ -54,7 +56,8 @@ def guide(
     """
     if guidance.strength == 1 or ("label" not in cond and weak is None):
         return objective.predictor(model, cond, layout)
-    wrap = guide_ids if objective.target == "ids" else guide_latents
+    is_autoregressive = getattr(objective, "is_autoregressive", False)
+    wrap: Any = GuidedNext if is_autoregressive else guide_ids if objective.target == "ids" else guide_latents
     return wrap(objective, model, cond, layout, guidance, weak)
 
 
@@ -80,6 +83,59 @@ def guide_ids(
         return torch.lerp(null, logits, weight.to(logits.dtype).view(-1, *[1] * (logits.ndim - 1)))
 
     return predict
+
+
+class GuidedNext:
+    """PredictNext whose logits are guided, both halves in one batch; see genkit.interfaces.PredictNext.
+
+    A schedule grows with the number of the step, from 0 at the first to 1 at the last (as VAR, 2024). Where it or the interval of
+    genkit.guidance.Guidance makes the strength 1, both halves are computed all the same: a cache has to go on with both.
+    """
+
+    def __init__(
+        self, objective: Any, model: Any, cond: Cond, layout: Layout, guidance: Guidance, weak: Any = None
+    ) -> None:
+        if weak is not None:
+            self.strong, self.poor = (objective.predictor(network, cond, layout) for network in (model, weak))
+        else:
+            self.strong = objective.predictor(model, _and_null(cond), _twice(layout))
+            self.poor = None
+        self.guidance = guidance
+        self.counts, self.shape, self.codebook_size = (
+            getattr(self.strong, name) for name in ("counts", "shape", "codebook_size")
+        )
+        self.to_sequence, self.to_ids, self.is_over = self.strong.to_sequence, self.strong.to_ids, self.strong.is_over
+        total = itertools.accumulate(self.counts, initial=0)
+        self.step_at = {done: step for step, done in enumerate(total)}  # by the number of ids so far
+
+    def __call__(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        step = self.step_at[ids.shape[1]]
+        return self._guided(lambda predict, ids, cache: predict(ids, cache), ids, cache, step)
+
+    def several(self, ids: Tensor, cache: Cache | None, count: int) -> Tensor:
+        """As of the predictor, for parallel decoding: logits [B, count, S]."""
+        first = self.step_at[ids.shape[1] - count + 1]
+        return self._guided(
+            lambda predict, ids, cache: predict.several(ids, cache, count),
+            ids,
+            cache,
+            list(range(first, first + count)),
+        )
+
+    def _guided(self, call: Any, ids: Tensor, cache: Cache | None, step: Any) -> Tensor:
+        if self.poor is not None:
+            caches = (None, None) if cache is None else tuple(cache.setdefault(k, {}) for k in ("strong", "poor"))
+            logits, null = call(self.strong, ids, caches[0]), call(self.poor, ids, caches[1])
+        else:
+            logits, null = call(self.strong, torch.cat([ids, ids]), cache).chunk(2)
+        fraction = torch.as_tensor(step, dtype=logits.dtype, device=logits.device) / max(1, len(self.counts) - 1)
+        low, high = self.guidance.interval
+        is_guided = (1 - fraction >= low) & (1 - fraction <= high)
+        weight = torch.where(is_guided, self.guidance.at(fraction), 1.0).unsqueeze(
+            -1
+        )  # [] or [count], and an axis for S
+        # Ids that are ruled out for both stay so: the difference of two infinities is no number.
+        return torch.lerp(null, logits, weight).masked_fill(logits.isneginf() & null.isneginf(), -torch.inf)
 
 
 def guide_latents(

@@ -130,6 +130,7 @@ def generator_of(
 ) -> tuple[Any, dict[str, Any]]:
     """(pipeline of a backbone on the latents of a tokenizer, the backbone's options). See import_weights."""
     from genkit import config as configs
+    from genkit import registry
     from genkit.pipeline import GeneratorPipeline, open_run
 
     if tokenizer is None:
@@ -137,16 +138,20 @@ def generator_of(
             "these weights draw latents; give the tokenizer that makes images of them: --tokenizer RUN, for one imported before, such as by diffusers-kl"
         )
     coder = open_run(tokenizer).tokenizer
-    channels = backbone.config["channels"]
-    if coder.channels != channels:
-        raise UsageError(
-            f"--tokenizer {tokenizer}: its latents have {coder.channels} channels, this network's {channels}"
-        )
+    for name, told in (
+        ("channels", "channels of its latents"),
+        ("codebook_size", "codes"),
+        ("num_levels", "ids per place"),
+        ("patch_sizes", "scales"),
+    ):
+        wanted, found = backbone.config.get(name), getattr(coder, name, None)
+        if wanted is not None and (found is None or _plain(found) != _plain(wanted)):
+            raise UsageError(f"--tokenizer {tokenizer}: {told}: {found}, this network needs {wanted}")
     if size is not None and size % coder.stride:
         raise UsageError(f"--size {size} is no multiple of the tokenizer's stride {coder.stride}")
     grid = list(backbone.config["grid"]) if size is None else [size // coder.stride] * len(backbone.config["grid"])
     num_classes = backbone.config["num_classes"]
-    given = _options(backbone, {"channels", "num_classes", "grid"})
+    given = _options(backbone, set(registry.FAMILIES["backbone"][1]))
     sampler = dict(sampling["sampler"])
     if not num_classes:
         sampler["guidance"] = 1.0
@@ -173,6 +178,10 @@ def generator_of(
         run_config=run_config,
     )
     return pipeline, given
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
 
 
 def _options(module: Any, measured: set[str]) -> dict[str, Any]:
@@ -226,14 +235,15 @@ def try_out(tokenizer: Any, channels: int, side: int) -> dict[str, Any]:
 
 
 def try_generator(pipeline: Any) -> dict[str, Any]:
-    """Draw one image of the first class in two steps. Returns: image, its shape; mean and std of its numbers.
+    """Draw one image of the first class, in two steps where the sampler can. Returns: image, its shape; mean and std of its numbers.
 
     Raises: GenkitError when what comes out is not finite.
     """
     import torch
 
+    steps = 2 if "num_steps" in pipeline.sampler else None
     with torch.inference_mode():
-        image = pipeline.generate(torch.tensor([0 if pipeline.num_classes else -1]), [0], steps=2)
+        image = pipeline.generate(torch.tensor([0 if pipeline.num_classes else -1]), [0], steps=steps)
     if not bool(image.isfinite().all()):
         raise GenkitError(
             "the imported generator makes numbers that are not finite; the file is damaged or of another model"

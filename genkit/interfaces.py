@@ -6,7 +6,7 @@ Letters: `B` batch, `C` channels, `*grid` any of `Y X`, `F Y X`, `Z Y X`, `N` to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -48,6 +48,24 @@ class Predict(Protocol):
 
 # (ids [B, Q, *grid], known [B, Q, *grid] bool, cache) -> logits [B, Q, *grid, S]. Where known is False the value of ids is ignored.
 PredictIds = Callable[["Tensor", "Tensor", "Cache | None"], "Tensor"]
+
+
+class PredictNext(Protocol):
+    """(the ids so far [B, m] in the order of drawing, cache) -> logits [B, n, S] of the n ids that are drawn next, together. The one form in which
+    autoregressive models of any order - raster, depth first, scale after scale - are sampled.
+
+    With a cache only what came since the last call with it is computed; without one all of it, with the same result. Logits may be -inf.
+    """
+
+    counts: Sequence[int]  # how many ids each step draws
+    shape: tuple[int, ...]  # of the ids of one sample as a tokenizer has them: (Q, *grid)
+    codebook_size: int
+
+    def __call__(self, ids: Tensor, cache: Cache | None = None) -> Tensor: ...
+    def to_sequence(self, ids: Tensor) -> Tensor: ...  # [B, *shape] -> [B, sum(counts)]
+    def to_ids(self, sequence: Tensor) -> Tensor: ...  # back
+    def is_over(self, ids: Tensor) -> bool: ...  # whether nothing that may still be drawn counts
+
 
 OnStep = Callable[[int, int, "Tensor"], None]  # (step from 0, number of steps, state)
 

@@ -119,6 +119,8 @@ class GeneratorPipeline(DiffusionPipeline):
         if steps is not None:
             if steps < 1:
                 raise UsageError(f"steps={steps}: a sampler takes at least one step")
+            if "num_steps" not in registry.options(registry.find("sampler", spec["type"])):
+                raise UsageError(f"steps={steps}: sampler {spec['type']} takes as many steps as its generator draws in")
             spec["num_steps"] = steps
         sampler = registry.build("sampler", spec)
         objective = registry.build("objective", self.objective)

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tests.golden_autoregressive import run_llamagen_gpt  # noqa: F401
 from tests.golden_backbones import run_dimsum, run_dit, run_dit_diffusers, run_fit, run_fitv2  # noqa: F401 - found by name
 from tests.golden_frechet import run_frechet  # noqa: F401
 from tests.golden_kernels_attn import run_octformer_attention, run_rettention_kernel  # noqa: F401

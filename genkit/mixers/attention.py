@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from genkit.errors import UsageError
-from genkit.interfaces import Cache, Layout
+from genkit.interfaces import ATTEND, Cache, Layout
 from genkit.mixers.grids import width_per_head
+from genkit.nn.attend import attend
 from genkit.nn.norm import RMSNorm
 from genkit.nn.rope import rope_table, rotate
 
@@ -25,8 +26,12 @@ class Attention(nn.Module):
         layer: number of the layer, the key under which a mixer keeps things in a cache.
         rope_base: the longest wavelength of the rotation nears 2 pi rope_base tokens; axes are short, hence 100 where
             text models use 10000.
+        num_kv_heads: fewer heads of keys and values than of queries, each shared by as many queries (Ainslie et al., "GQA", 2023); None = as many.
+        bias: of the two linear maps.
         is_causal: each token sees itself and the tokens before it. With a cache, keys and values of earlier calls are
             kept (see TokenMixer).
+
+    Raises: UsageError for numbers of heads that do not divide.
     """
 
     needs_grid = False
@@ -41,33 +46,45 @@ class Attention(nn.Module):
         qk_norm: bool = True,
         rope: bool = True,
         rope_base: float = 100.0,
+        num_kv_heads: int | None = None,
+        bias: bool = True,
         is_causal: bool = False,
     ):
         super().__init__()
         self.layer, self.num_heads, self.head_dim = layer, num_heads, width_per_head(dim, num_heads)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
+            raise UsageError(f"mixer.num_kv_heads={num_kv_heads} must divide mixer.num_heads={num_heads}")
         self.rope, self.rope_base, self.is_causal = rope, rope_base, is_causal
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.heeds = () if is_causal else (ATTEND,)
+        self.qkv = nn.Linear(dim, (num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=bias)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, N, H, K] each
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)  # [B, N, H, K] each
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rope:
             table = rope_table(layout.coords, self.head_dim, self.rope_base)
             q, k = rotate(q, table), rotate(k, table)
         q, k, v = (y.transpose(1, 2).to(v.dtype) for y in (q, k, v))  # the rotation runs in float32 under autocast
+        if not self.is_causal:
+            attended = attend(q, k, v, grid=layout.grid, valid=layout.valid, cache=cache)  # [B, H, N, K]
+            return self.proj(attended.transpose(1, 2).flatten(2))
         num_before = 0
-        if self.is_causal and cache is not None:
+        if cache is not None:
             if layout.valid is not None:
                 raise UsageError("mixer.type=attention: tokens generated with a cache cannot be padded")
             num_before, k, v = cache.setdefault(self.layer, KeysValues(cache.get("num_tokens", 0))).append(k, v)
-        mask = None if layout.valid is None else layout.valid[:, None, None, :]
-        is_square_causal = self.is_causal and mask is None and num_before == 0
-        if self.is_causal and not is_square_causal:
+        is_square, mask = layout.valid is None and num_before == 0, None
+        if not is_square:
             mask = causal_mask(q.shape[2], num_before, layout.valid, q.device)
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_square_causal)  # [B, H, N, K]
+        is_grouped = self.num_kv_heads < self.num_heads
+        attended = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_square, enable_gqa=is_grouped
+        )  # [B, H, N, K]
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -109,3 +126,19 @@ class KeysValues:
         self.keys[:, :, before : self.length] = k.detach()
         self.values[:, :, before : self.length] = v.detach()
         return before, self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def select(self, rows: Tensor) -> None:
+        """Sample i goes on as sample rows[i] has come so far: rows [B] int64."""
+        if self.keys is not None and self.values is not None:
+            used = slice(0, self.length)
+            self.keys[:, :, used] = self.keys[rows, :, used]
+            self.values[:, :, used] = self.values[rows, :, used]
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first tokens."""
+        self.length = min(self.length, length)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the memory that is set aside."""
+        return sum(y.numel() * y.element_size() for y in (self.keys, self.values) if y is not None)

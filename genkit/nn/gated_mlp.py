@@ -9,18 +9,19 @@ from torch.nn.functional import gelu, silu
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * value(x)), [..., dim] -> [..., dim], with biases.
+    """down(act(gate(x)) * value(x)), [..., dim] -> [..., dim].
 
     Args:
         hidden: channels between.
         act: "silu" (SwiGLU), or "gelu" in its tanh form.
+        bias: of both linear maps.
     """
 
-    def __init__(self, *, dim: int, hidden: int, act: Literal["silu", "gelu"] = "silu"):
+    def __init__(self, *, dim: int, hidden: int, act: Literal["silu", "gelu"] = "silu", bias: bool = True):
         super().__init__()
         self.act = act
-        self.up = nn.Linear(dim, 2 * hidden)  # rows: gate, value
-        self.down = nn.Linear(hidden, dim)
+        self.up = nn.Linear(dim, 2 * hidden, bias=bias)  # rows: gate, value
+        self.down = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.up(x).chunk(2, dim=-1)

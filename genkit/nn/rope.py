@@ -2,7 +2,7 @@
 
 The head width is split evenly between the axes; within an axis, channel pairs turn by coordinate * base^(-j / J).
 Differences from LlamaGen: the first and second half of the head form the pairs (contiguous reads), and channels left
-over by the split do not turn.
+over by the split do not turn. As LlamaGen's class token, a token without a place (coordinates NaN) has queries and keys of 0: it attends to all alike.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def _table(coords: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     exponents = torch.arange(per_axis, dtype=torch.float32, device=coords.device) / per_axis
     angles = (coords.float().unsqueeze(-1) * base**-exponents).flatten(-2)  # [B, N, A * per_axis]
     angles = torch.nn.functional.pad(angles, (0, num_pairs - angles.shape[-1])).unsqueeze(-2)  # [B, N, 1, K / 2]
-    return angles.cos(), angles.sin()
+    placed = coords.isfinite().all(-1)[..., None, None]
+    return torch.where(placed, angles.cos(), 0.0), torch.where(placed, angles.sin(), 0.0)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

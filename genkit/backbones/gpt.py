@@ -1,0 +1,184 @@
+"""Causal transformer over ids in raster order (Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation", LlamaGen, 2024).
+
+The network of Llama (Touvron et al., 2023): RMS norms before, gated perceptrons, no biases, rotary positions, here over the axes of the grid. The
+condition stands as a token before the first id. Differences from the paper: any causal mixer may take the place of attention; heads pair the first
+and second half of their channels in rotations (genkit.nn.rope), which an importer of weights makes up for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from genkit.errors import UsageError
+from genkit.interfaces import Cache, Cond, Layout
+from genkit.nn.drop_path import DropPath
+from genkit.nn.dropout import Dropout
+from genkit.nn.embed import IdEmbedding, LabelEmbedding
+from genkit.nn.gated_mlp import GatedMLP
+from genkit.nn.norm import RMSNorm
+from genkit.nn.sequence import behind_prefix, part
+from genkit.registry import MixerSpec, maker
+
+ATTENTION: MixerSpec = {
+    "type": "attention",
+    "num_heads": 4,
+    "qk_norm": False,
+    "rope_base": 10000.0,
+    "bias": False,
+    "is_causal": True,
+}
+PREFIX = 1  # tokens before the first id
+
+
+def hidden_of(dim: int, multiple_of: int) -> int:
+    """Channels inside a gated perceptron as wide as an MLP with ratio 4: 8/3 dim, rounded down, then up to a multiple."""
+    return -(-int(8 * dim / 3) // multiple_of) * multiple_of
+
+
+class Block(nn.Module):
+    """Mixer and gated perceptron in residual branches, an RMS norm before each."""
+
+    def __init__(self, *, dim: int, mixer: nn.Module, hidden: int, norm_eps: float, dropout: float, drop_path: float):
+        super().__init__()
+        self.mix_norm, self.mixer = RMSNorm(dim, norm_eps), mixer
+        self.mlp_norm, self.mlp = RMSNorm(dim, norm_eps), GatedMLP(dim=dim, hidden=hidden, bias=False)
+        self.dropout, self.drop_path = Dropout(dropout), DropPath(drop_path)
+
+    def forward(self, h: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        h = h + self.drop_path(self.dropout(self.mixer(self.mix_norm(h), layout, cache)))
+        return h + self.drop_path(self.dropout(self.mlp(self.mlp_norm(h))))
+
+
+class GPT(ModelMixin, ConfigMixin):
+    """ids [B, 1, *grid] -> logits [B, 1, *grid, S] of each id given those before it and the condition. A fresh network returns 0.
+
+    Args:
+        codebook_size: S.
+        num_levels: must be 1; see backbones/rq.py for several.
+        num_classes: classes that cond["label"] counts; 0 = unconditional.
+        grid: tokens per axis while training.
+        dim, depth: of the paper's sizes, B 768 and 12, L 1024 and 24, XL 1280 and 36, with 12, 16 and 20 heads.
+        mixer: a causal part, or a list of parts repeated through the depth.
+        multiple_of: hidden channels of the perceptrons are 8/3 dim rounded up to a multiple of this.
+        class_rope: rotary place of the condition's token. "zero" has no place, as in the released code: it is attended to with logit 0. "identity":
+            it is at 0, as the first id is.
+        norm_eps: of the RMS norms.
+        token_dropout: on the embedded tokens.
+        dropout: on both residual branches.
+        drop_path: probability of leaving out a branch in the last layer, rising from 0 in the first.
+
+    Raises: UsageError for a mixer that sees ahead, and for tokens of several levels.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        codebook_size: int,
+        num_levels: int,
+        num_classes: int,
+        grid: tuple[int, ...],
+        dim: int = 192,
+        depth: int = 6,
+        mixer: MixerSpec = ATTENTION,
+        multiple_of: int = 256,
+        class_rope: Literal["zero", "identity"] = "zero",
+        norm_eps: float = 1e-5,
+        token_dropout: float = 0.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        if depth < 1 or multiple_of < 1:
+            raise UsageError(f"backbone.depth={depth} and backbone.multiple_of={multiple_of} must be at least 1")
+        if num_levels != 1:
+            raise UsageError(
+                f"backbone.type=gpt draws one id per place, the tokenizer makes {num_levels}; use backbone.type=rq"
+            )
+        make_mixer = maker("mixer", mixer)
+        self.gradient_checkpointing = False
+        self.embed = IdEmbedding(num_levels=1, num_rows=codebook_size, dim=dim)
+        self.label = LabelEmbedding(num_classes=num_classes, dim=dim)
+        self.drop_tokens = Dropout(token_dropout)
+        self.blocks = nn.ModuleList(
+            Block(
+                dim=dim,
+                mixer=causal(make_mixer(dim=dim, layer=i), i),
+                hidden=hidden_of(dim, multiple_of),
+                norm_eps=norm_eps,
+                dropout=dropout,
+                drop_path=drop_path * i / max(1, depth - 1),
+            )
+            for i in range(depth)
+        )
+        self.norm = RMSNorm(dim, norm_eps)
+        self.head = nn.Linear(dim, codebook_size, bias=False)
+        self.apply(init_normal)
+        nn.init.zeros_(self.head.weight)  # the first loss is exactly ln S
+
+    def forward(self, x: Tensor, t: Tensor | None, cond: Cond, layout: Layout, cache: Cache | None = None) -> Tensor:
+        """Logits of every id in one pass.
+
+        Args:
+            x: ids [B, 1, *grid] int64.
+            t: not used.
+            cond: "label" [B] int64, -1 = null class.
+            layout: coords of the N = prod(grid) tokens.
+            cache: not used; see next_logits.
+
+        Returns: [B, 1, *grid, S].
+        """
+        ids = x.flatten(1)
+        logits = self.next_logits(ids[:, :-1], cond, layout, last=ids.shape[1])
+        return logits.unflatten(1, (1, *x.shape[2:]))
+
+    def next_logits(self, ids: Tensor, cond: Cond, layout: Layout, cache: Cache | None = None, last: int = 1) -> Tensor:
+        """Logits of the `last` ids up to and with the one after those given: ids [B, m] -> [B, last, S].
+
+        With a cache only the ids behind those of earlier calls are computed.
+        """
+        before = 0 if cache is None else cache.get("seen", 0)  # tokens whose keys and values are known
+        sequence = behind_prefix(layout, PREFIX, self.config["class_rope"])
+        h = self.embed.table(ids[:, max(0, before - PREFIX) :])  # [B, n, D]
+        if before == 0:
+            h = torch.cat([self.label(cond, ids.shape[0]).unsqueeze(1), h], dim=1)
+        h = self.drop_tokens(h)
+        if cache is not None:
+            cache.setdefault("num_tokens", sequence.coords.shape[1] - 1)  # what follows the last id is never asked for
+            cache["seen"] = before + h.shape[1]
+        tokens = part(sequence, before, before + h.shape[1])
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                h = self._gradient_checkpointing_func(block, h, tokens)
+            else:
+                h = block(h, tokens, cache)
+        return self.head(self.norm(h[:, -last:]))
+
+    def step_counts(self, grid: tuple[int, ...]) -> list[int]:
+        """How many ids each step of sampling draws."""
+        return [1] * torch.Size(grid).numel()
+
+
+def causal(mixer: Any, layer: int) -> Any:
+    """The mixer. Raises UsageError for one that sees ahead."""
+    if not mixer.is_causal:
+        word = type(mixer).__module__.rpartition(".")[2]
+        raise UsageError(
+            f"backbone.mixer of layer {layer}: {word} sees tokens that are not drawn yet; set is_causal: true, or take a causal mixer"
+        )
+    return mixer
+
+
+def init_normal(module: nn.Module) -> None:
+    """Every linear map and table N(0, 0.02), as published."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,124 @@
+"""The class- or text-conditional GPT of FoundationVision/LlamaGen (GPT-B to 3B)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from genkit.backbones.gpt import GPT, hidden_of
+from genkit.errors import GenkitError, UsageError
+from genkit.importers.names import Rules, count, fill, shape
+
+WHAT = "a LlamaGen GPT"
+IGNORED = {
+    r"layers\.\d+\.attention\.kv_cache\.\w+": "keys and values of an earlier sampling",
+    r"freqs_cis": "rotations, which are computed from positions",
+    r"causal_mask": "a mask, which is computed",
+}
+HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32, 4096: 32}  # width -> attention heads of the published sizes
+
+
+def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> GPT:
+    """State dict -> backbone in evaluation mode. Sizes are read from the weights.
+
+    Rows of queries and keys are put in another order: the original turns neighbouring channels as a pair, genkit.nn.rope the first and second half.
+
+    Args:
+        config: of the original's options, `n_head` (by default that of the published size of this width), `block_size` (ids per image, 256),
+            `norm_eps` (1e-5), `rope_base` (10000), and of dropout those that fine-tuning needs: `token_dropout_p`, `resid_dropout_p`, `drop_path_rate`.
+
+    Raises: GenkitError for weights that do not fit, naming the keys; UsageError where the number of heads has to be told.
+    """
+    options = config or {}
+    codebook_size, dim = shape(state, "tok_embeddings.weight", WHAT)
+    num_heads = _num_heads(dim, options)
+    head_dim = dim // num_heads
+    rows = shape(state, "layers.0.attention.wqkv.weight", WHAT)[0]
+    num_kv_heads = (rows // head_dim - num_heads) // 2
+    block_size = int(options.get("block_size", 256))
+    side = math.isqrt(block_size)
+    if side**2 != block_size:
+        raise UsageError(f"block_size={block_size} is no square grid")
+    hidden = shape(state, "layers.0.feed_forward.w1.weight", WHAT)[0]
+    network = GPT(
+        codebook_size=codebook_size,
+        num_levels=1,
+        num_classes=shape(state, "cls_embedding.embedding_table.weight", WHAT)[0] - 1,
+        grid=(side, side),
+        dim=dim,
+        depth=count(state, "layers.{}."),
+        mixer={
+            "type": "attention",
+            "num_heads": num_heads,
+            "num_kv_heads": None if num_kv_heads == num_heads else num_kv_heads,
+            "qk_norm": False,
+            "rope_base": float(options.get("rope_base", 10000.0)),
+            "bias": False,
+            "is_causal": True,
+        },
+        multiple_of=_multiple_of(dim, hidden),
+        norm_eps=float(options.get("norm_eps", 1e-5)),
+        token_dropout=float(options.get("token_dropout_p", 0.1)),
+        dropout=float(options.get("resid_dropout_p", 0.1)),
+        drop_path=float(options.get("drop_path_rate", 0.0)),
+    )
+    fill(network, _halved(state, num_heads, num_kv_heads, head_dim), RULES, IGNORED, WHAT)
+    return network.eval()
+
+
+def sampling(network: Any) -> dict[str, Any]:
+    """How the paper draws images for its figures of FID: everything may be drawn, guided by 2 (1.65 to 2 are best)."""
+    return {
+        "objective": {"type": "next_token"},
+        "sampler": {"type": "autoregressive", "guidance": 2.0},
+    }
+
+
+def _num_heads(dim: int, options: Mapping[str, Any]) -> int:
+    if "n_head" in options:
+        num_heads = int(options["n_head"])
+        if num_heads < 1 or dim % num_heads:
+            raise UsageError(f"n_head={num_heads} does not divide the width {dim}")
+        return num_heads
+    if dim not in HEADS:
+        raise UsageError(f"no published network has a width of {dim}; give a --config with n_head")
+    return HEADS[dim]
+
+
+def _multiple_of(dim: int, hidden: int) -> int:
+    """A number of which the width of the perceptrons is the next multiple: the published 256, or the width itself."""
+    found = next((m for m in (256, hidden) if hidden_of(dim, m) == hidden), None)
+    if found is None:
+        raise GenkitError(
+            f"these weights are not those of {WHAT}: perceptrons of {hidden} channels at a width of {dim}"
+        )
+    return found
+
+
+def _halved(state: Mapping[str, Tensor], num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Tensor]:
+    """The state with even channels of every query and key before odd ones."""
+    found = dict(state)
+    turned = (num_heads + num_kv_heads) * head_dim
+    for key in state:
+        if key.endswith(".attention.wqkv.weight"):
+            pairs = state[key][:turned].unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2)
+            found[key] = state[key].clone()
+            found[key][:turned] = pairs.flatten(0, 2)
+    return found
+
+
+RULES: Rules = [
+    (r"embed\.table\.weight", "tok_embeddings.weight"),
+    (r"label\.table\.weight", "cls_embedding.embedding_table.weight"),
+    (r"blocks\.(\d+)\.mix_norm\.weight", "layers.{0}.attention_norm.weight"),
+    (r"blocks\.(\d+)\.mixer\.qkv\.weight", "layers.{0}.attention.wqkv.weight"),
+    (r"blocks\.(\d+)\.mixer\.proj\.weight", "layers.{0}.attention.wo.weight"),
+    (r"blocks\.(\d+)\.mlp_norm\.weight", "layers.{0}.ffn_norm.weight"),
+    (r"blocks\.(\d+)\.mlp\.up\.weight", ("layers.{0}.feed_forward.w1.weight", "layers.{0}.feed_forward.w3.weight")),
+    (r"blocks\.(\d+)\.mlp\.down\.weight", "layers.{0}.feed_forward.w2.weight"),
+    (r"norm\.weight", "norm.weight"),
+    (r"head\.weight", "output.weight"),
+]

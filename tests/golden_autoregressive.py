@@ -1,0 +1,33 @@
+"""Runners of the golden files of autoregressive networks: official weights through the importers, official outputs by name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genkit.nn.layout import dense_layout
+from genkit.nn.rope import rope_table
+from genkit.nn.sequence import behind_prefix
+
+Outputs = dict[str, Tensor]
+
+
+def run_llamagen_gpt(case: Any) -> Outputs:
+    from genkit.importers.llamagen_gpt import convert
+
+    network = convert(case.weights, case.config)
+    ids, label = case.inputs["idx"], case.inputs["cond_idx"]
+    cond = {"label": torch.where(label == case.config["num_classes"], -1, label)}
+    layout = dense_layout((math.isqrt(case.config["block_size"]),) * 2)
+    cache: dict[Any, Any] = {}
+    one_by_one = [network.next_logits(ids[:, :n], cond, layout, cache) for n in range(ids.shape[1] + 1)]
+    mixer = network.blocks[0].mixer
+    turns = rope_table(behind_prefix(layout, 1, "zero").coords, mixer.head_dim, mixer.rope_base)
+    return {
+        "logits": network.next_logits(ids, cond, layout, last=ids.shape[1] + 1),
+        "logits_cached": torch.cat(one_by_one, dim=1),
+        "freqs_cis": torch.stack([part[0, :, 0] for part in turns], dim=-1),
+    }
