@@ -9,13 +9,15 @@ import shutil
 import subprocess
 import unicodedata
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from genkit.data.memory import InMemory
+from genkit.data.memory import InMemory, InSizes
+from genkit.data.sizes import Size, parse_size
 from genkit.errors import UsageError
 
 FONT_FILE = "NotoColorEmoji.ttf"
@@ -93,13 +95,16 @@ GROUPS = {
 log = logging.getLogger("genkit.data")
 
 
-class Emoji(InMemory):
-    """x [3, size, size] on white, one image per single-code-point emoji of the font; keys are "1F600 grinning face".
+class Emoji:
+    """x [3, Y, X] on white, one image per single-code-point emoji of the font; keys are "1F600 grinning face".
 
-    Rendered once per font and size, then read from $GENKIT_CACHE (default ~/.cache/genkit).
+    Rendered once per font and size, then read from $GENKIT_CACHE (default ~/.cache/genkit). A picture that is not square has the emoji in its middle, as
+    large as the shorter side, white at both ends.
 
     Args:
-        size: pixels per side; resized from the font's 136-pixel bitmaps (bicubic, antialiased).
+        size: pixels per side, or (Y, X); resized from the font's 136-pixel bitmaps (bicubic, antialiased).
+        sizes: several, "24x40" rows x columns: every emoji comes in each of them, and a batch holds several. `size` is then the square that sampling
+            starts from, which need not be among them.
         font: path of NotoColorEmoji.ttf; None looks in the usual places of Linux, macOS and Windows, then asks
             fontconfig.
         split: "val" = every tenth image of a class, "train" = the others.
@@ -108,12 +113,21 @@ class Emoji(InMemory):
     """
 
     def __init__(
-        self, *, size: int = 32, font: str | None = None, split: Literal["train", "val", "all"] = "all"
+        self,
+        *,
+        size: int | tuple[int, int] = 32,
+        sizes: list[str] | None = None,
+        font: str | None = None,
+        split: Literal["train", "val", "all"] = "all",
     ) -> None:
-        if size < 1:
-            raise UsageError(f"data.size={size} must be positive")
+        nominal = parse_size(size, "data.size")
+        wanted = [nominal] if sizes is None else [parse_size(text, "data.sizes") for text in sizes]
+        if not wanted or len(set(wanted)) < len(wanted):
+            raise UsageError(f"data.sizes={sizes} must name at least one size, and none twice")
         path = find_font(font)
-        pixels, code_points = _load_or_render(path, size)
+        rendered = {side: _load_or_render(path, side) for side in sorted({min(size) for size in wanted})}
+        code_points = next(iter(rendered.values()))[1]
+        pixels = {size: _letterboxed(rendered[min(size)][0], size) for size in wanted}
         groups = {
             code_point: i for i, text in reversed(list(enumerate(GROUPS.values()))) for code_point in _expand(text)
         }
@@ -123,10 +137,44 @@ class Emoji(InMemory):
             for label in range(len(GROUPS)):
                 rank[labels == label] = np.arange((labels == label).sum())
             kept = (rank % VAL_EVERY == VAL_EVERY - 1) == (split == "val")
-            pixels, code_points, labels = pixels[kept], code_points[kept], labels[kept]
+            pixels = {size: array[kept] for size, array in pixels.items()}
+            code_points, labels = code_points[kept], labels[kept]
         # Python's table of names may be older than the font: such an emoji is known by its number.
         keys = [f"{cp:04X} {unicodedata.name(chr(cp), 'unnamed').lower()}" for cp in code_points.tolist()]
-        super().__init__(pixels, labels, keys, list(GROUPS), f"{path}, {split}: {len(pixels):,} emoji")
+        source = f"{path}, {split}: {len(keys):,} emoji"
+        self._images: InMemory | InSizes
+        if sizes is None:
+            self._images = InMemory(pixels[nominal], labels, keys, list(GROUPS), source)
+        else:
+            told = f"{source} in {len(wanted)} sizes"
+            self._images = InSizes(pixels, labels, keys, list(GROUPS), told, (3, *nominal))
+            self.sizes = self._images.sizes
+        self.info, self.keys, self.labels, self.pixels = (
+            self._images.info,
+            self._images.keys,
+            self._images.labels,
+            self._images.pixels,
+        )
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"x" [3, y, x] float32 in [-1, 1], "label" int, "index" int, "key" str}"""
+        return self._images[index]
+
+    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> dict[str, Any]:
+        """{"x" [B, 3, Y, X] float32 in [-1, 1], "label" [B] int64, "index" [B] int64, "key" list[str]}; in several sizes "size" [B, 2] too, and x is
+        padded with 0."""
+        return self._images.__getitems__(indices)
+
+
+def _letterboxed(pixels: np.ndarray, size: Size) -> np.ndarray:
+    """Squares [N, 3, side, side] in the middle of white pictures of `size`, whose shorter side is theirs."""
+    (y, x), side = size, pixels.shape[-1]
+    top, left = (y - side) // 2, (x - side) // 2
+    around = ((0, 0), (0, 0), (top, y - side - top), (left, x - side - left))
+    return np.pad(pixels, around, constant_values=255) if size != (side, side) else pixels
 
 
 def find_font(font: str | None = None) -> Path:

@@ -31,6 +31,7 @@ def batches(
     world_size: int = 1,
     micro_batch_size: int | None = None,
     num_workers: int = 0,
+    one_size: bool = False,
     device: torch.device | str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """What one process trains on, a micro-batch at a time.
@@ -46,9 +47,11 @@ def batches(
             past it.
         micro_batch_size: samples per yielded batch; None = the whole share of this process.
         num_workers: processes that decode; 0 suits data held in memory.
+        one_size: of data in sizes of their own: every global batch holds samples of one size. An epoch then has whole batches of every size, the last of
+            them filled up from the front of that size's order.
 
     Yields: {"x" [b, C, Y, X] in [-1, 1] or "ids" [b, Q, *grid] or "z", "label" [b] int64, "index" [b] int64 in the
-        dataset, "position" [b] int64 in the stream, "key" list[str]}, tensors on `device`.
+        dataset, "size" [b, A] int64 where samples have sizes of their own and x or z is padded, "position" [b] int64 in the stream, "key" list[str]}, tensors on `device`.
 
     Raises: UsageError, at once, when the numbers do not divide or the dataset is empty.
     """
@@ -61,20 +64,48 @@ def batches(
     if len(dataset) == 0:
         raise UsageError(f"the dataset is empty: {dataset.info.source}")
 
+    rows = _rows_of_buckets(dataset) if one_size else None
+    length = len(dataset) if rows is None else sum(-(-len(own) // batch_size) * batch_size for own in rows)
+
     @lru_cache(maxsize=2)  # a batch may lie across the border of two epochs
     def order(epoch: int) -> np.ndarray:
-        return Rng([derive(seed, epoch)]).fork("order").order(len(dataset))[0].numpy()
+        rng = Rng([derive(seed, epoch)])
+        mixed = rng.fork("order").order(len(dataset))[0].numpy()
+        return mixed if rows is None else _in_batches(mixed, rows, batch_size, rng)
 
     def requests() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         first = start + rank * share
         while stop is None or first - rank * share < stop:
             for begin in range(first, first + share, micro):
                 positions = np.arange(begin, begin + micro, dtype=np.int64)
-                epochs, places = np.divmod(positions, len(dataset))
+                epochs, places = np.divmod(positions, length)
                 yield positions, np.concatenate([order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
             first += batch_size
 
     return _load(_Shuffled(dataset, seed), requests(), num_workers, device)
+
+
+def _rows_of_buckets(dataset: Dataset) -> list[np.ndarray]:
+    """The numbers of the samples of every size. Raises UsageError for a dataset whose sizes are not known beforehand."""
+    sizes = getattr(dataset, "sizes", None)
+    if sizes is None:
+        raise UsageError(
+            f"train.one_size_batches=true is for data in sizes of their own, and these have one ({dataset.info.source}); leave it out"
+        )
+    which = np.unique(sizes, axis=0, return_inverse=True)[1].reshape(-1)
+    return [np.flatnonzero(which == number) for number in range(which.max() + 1)]
+
+
+def _in_batches(mixed: np.ndarray, rows: list[np.ndarray], batch_size: int, rng: Rng) -> np.ndarray:
+    """The order of an epoch, cut into batches of one size each, and these shuffled."""
+    rank = np.empty(len(mixed), np.int64)
+    rank[mixed] = np.arange(len(mixed))
+    batches = []
+    for own in rows:
+        own = own[np.argsort(rank[own])]
+        batches.append(np.resize(own, (-(-len(own) // batch_size), batch_size)))
+    together = np.concatenate(batches)  # [batches, batch_size]
+    return together[rng.fork("batches").order(len(together))[0].numpy()].reshape(-1)
 
 
 def read_all(

@@ -22,6 +22,11 @@ class Pixelwise:
         self.dataset, self.info, self.std = dataset, dataset.info, std
         self.meta: dict[str, Any] = {"grid": list(dataset.info.shape[1:]), "stride": 1}
 
+    @property
+    def sizes(self) -> np.ndarray | None:
+        """[N, 2]: every sample's own size; None where all have the same."""
+        return self.dataset.sizes if self.info.unit else None  # type: ignore[attr-defined]
+
     def __len__(self) -> int:
         return len(self.dataset)
 
