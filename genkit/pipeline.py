@@ -124,6 +124,8 @@ class GeneratorPipeline(DiffusionPipeline):
             spec["num_steps"] = steps
         sampler = registry.build("sampler", spec)
         objective = registry.build("objective", self.objective)
+        if hasattr(objective, "bind"):
+            objective.bind(self.tokenizer)
         labels = self.check_labels(labels)
         rng = Rng(list(seeds), device=self.device)
         predict = guide(
@@ -134,7 +136,8 @@ class GeneratorPipeline(DiffusionPipeline):
             self.guidance(guidance),
         )
         if objective.target == "ids":
-            start = torch.full((len(labels), self.tokenizer.num_levels, *self.grid), -1, device=self.device)
+            shape = getattr(predict, "shape", (self.tokenizer.num_levels, *self.grid))
+            start = torch.full((len(labels), *shape), -1, device=self.device)
             z = self.tokenizer.codes(sampler(predict, start, rng, on_step))
         else:
             start = rng.fork("start").normal(self.tokenizer.channels, *self.grid)

@@ -24,13 +24,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tests.golden_autoregressive import run_llamagen_gpt  # noqa: F401
+from tests.golden_autoregressive import run_llamagen_gpt, run_var  # noqa: F401
 from tests.golden_backbones import run_dimsum, run_dit, run_dit_diffusers, run_fit, run_fitv2  # noqa: F401 - found by name
 from tests.golden_frechet import run_frechet  # noqa: F401
 from tests.golden_kernels_attn import run_octformer_attention, run_rettention_kernel  # noqa: F401
 from tests.golden_kernels_gla import run_gla, run_retention, run_ssd, run_vssd_kernel  # noqa: F401
 from tests.golden_kernels_rec import run_aaren, run_convs5, run_s5  # noqa: F401
 from tests.golden_kernels_sscan import run_selective_scan  # noqa: F401
+from tests.golden_masked import run_maskgit_imagebert, run_maskgit_uvitbert, run_recap  # noqa: F401
 from tests.golden_mixers import run_vssd  # noqa: F401
 from tests.golden_quantisers import run_fsq, run_lfq, run_rvq  # noqa: F401
 from tests.golden_structured import run_dqvae, run_titok, run_var_vqvae  # noqa: F401

@@ -31,3 +31,12 @@ def run_llamagen_gpt(case: Any) -> Outputs:
         "logits_cached": torch.cat(one_by_one, dim=1),
         "freqs_cis": torch.stack([part[0, :, 0] for part in turns], dim=-1),
     }
+
+
+def run_var(case: Any) -> Outputs:
+    from genkit.importers.var import convert
+
+    network = convert(case.weights, case.config)
+    label = case.inputs["label_B"]
+    cond = {"label": torch.where(label == case.config["num_classes"], -1, label)}
+    return {"logits": network(case.inputs["x_BLCv_wo_first_l"], None, cond, dense_layout((4, 4)))}

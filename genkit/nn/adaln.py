@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, addcmul, nn
 
 from genkit.interfaces import Cache, Layout
+from genkit.nn.drop_path import DropPath
 from genkit.nn.dropout import Dropout
 from genkit.nn.norm import modulate
 
@@ -15,7 +16,8 @@ class AdaLNBlock(nn.Module):
     Args:
         mixer, mlp: [B, N, D] -> [B, N, D].
         rank: the six vectors come from a product of two matrices of this rank without anything between them (FiTv2's adaLN-LoRA); None = one matrix.
-        dropout: on both branches.
+        dropout, drop_path: on both branches.
+        modulation: a part of its own that makes the six vectors, [B, D] -> [B, 6 D].
         mlp_norm_eps: of the norm before the perceptron.
     """
 
@@ -27,14 +29,19 @@ class AdaLNBlock(nn.Module):
         mlp: nn.Module,
         rank: int | None = None,
         dropout: float = 0.0,
+        drop_path: float = 0.0,
+        modulation: nn.Module | None = None,
         mlp_norm_eps: float = 1e-6,
     ):
         super().__init__()
         self.mixer, self.mlp, self.mlp_norm_eps = mixer, mlp, mlp_norm_eps
         self.dropout = Dropout(dropout)
-        self.modulation: nn.Module = (
-            nn.Linear(dim, 6 * dim) if rank is None else nn.Sequential(nn.Linear(dim, rank), nn.Linear(rank, 6 * dim))
-        )
+        self.drop_path = DropPath(drop_path)
+        if modulation is None and rank is None:
+            modulation = nn.Linear(dim, 6 * dim)
+        elif modulation is None:
+            modulation = nn.Sequential(nn.Linear(dim, rank), nn.Linear(rank, 6 * dim))
+        self.modulation: nn.Module = modulation
 
     def forward(
         self,
@@ -53,8 +60,9 @@ class AdaLNBlock(nn.Module):
         """
         vectors = self.modulation(c) if shared is None else self.modulation(c) + shared
         mix_shift, mix_scale, mix_gate, shift, scale, gate = per_token(vectors, sample).chunk(6, dim=-1)
-        h = addcmul(h, mix_gate, self.dropout(self.mixer(modulate(h, mix_shift, mix_scale), layout, cache)))
-        return addcmul(h, gate, self.dropout(self.mlp(modulate(h, shift, scale, self.mlp_norm_eps))))
+        mixed = self.mixer(modulate(h, mix_shift, mix_scale), layout, cache)
+        h = addcmul(h, mix_gate, self.drop_path(self.dropout(mixed)))
+        return addcmul(h, gate, self.drop_path(self.dropout(self.mlp(modulate(h, shift, scale, self.mlp_norm_eps)))))
 
     def initialise(self) -> None:
         """The perceptron as in DiT; what the six vectors are made by 0, so that the block is the identity. The mixer stays as it is."""

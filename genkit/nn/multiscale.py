@@ -186,8 +186,11 @@ class ScaleQuantizer(nn.Module):
         return sums
 
     def next_inputs(self, ids: Tensor) -> Tensor:
-        """ids [B, N] -> [B, N - p_1^2, C]: for every scale but the first, the sum of the scales before it, shrunk to that scale."""
-        sums = self.sums(ids)[:-1]
+        """ids [B, N] -> [B, N - p_1^2, C]: for every scale but the first, the sum of the scales before it, shrunk to that scale.
+
+        With ids [B, n] of the first scales alone: the same up to the scale that follows them.
+        """
+        sums = self.sums(ids)[: len(self.patch_sizes) - 1]
         return torch.cat([self._shrink(total, k).flatten(2).mT for k, total in enumerate(sums, start=1)], dim=1)
 
     def add_scale(self, total: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
