@@ -101,7 +101,7 @@ def quickstart(args: argparse.Namespace) -> Answer:
         "kind",
         metavar="KIND",
         nargs="?",
-        help="recipes, tokenizers, backbones, mixers, objectives, samplers, data, metrics or runs",
+        help="recipes, tokenizers, backbones, mixers, objectives, samplers, reuse, data, metrics or runs",
     ),
     RUNS,
 )

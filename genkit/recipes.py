@@ -17,6 +17,7 @@ PARTS = {
     "mixers": "mixer",
     "objectives": "objective",
     "samplers": "sampler",
+    "reuse": "reuse",
     "data": "data",
     "metrics": "metrics",
 }

@@ -21,10 +21,14 @@ from genkit.errors import UsageError, nearest
 FAMILIES: dict[str, tuple[str, frozenset[str]]] = {
     "data": ("data", frozenset()),
     "tokenizer": ("tokenizers", frozenset({"image_channels"})),
-    "backbone": ("backbones", frozenset({"channels", "codebook_size", "num_levels", "num_classes", "grid"})),
+    "backbone": (
+        "backbones",
+        frozenset({"channels", "codebook_size", "num_levels", "num_classes", "grid", "patch_sizes", "num_grains"}),
+    ),
     "mixer": ("mixers", frozenset({"dim", "layer"})),
     "objective": ("objectives", frozenset()),
-    "sampler": ("samplers", frozenset()),
+    "sampler": ("samplers", frozenset({"reuse"})),
+    "reuse": ("reuse", frozenset()),
     "metrics": ("metrics", frozenset()),
 }
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("nn", "octree"),
     ("mixers",),
     ("backbones", "tokenizers"),
-    ("samplers", "data"),
+    ("samplers", "reuse", "data"),
     ("metrics",),
     ("objectives",),
 )

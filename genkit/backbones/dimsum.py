@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, addcmul, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from genkit.errors import UsageError
-from genkit.interfaces import Cache, Cond, Layout
+from genkit.interfaces import ATTEND, BLOCKS, Cache, Cond, Layout
 from genkit.mixers.attention import Attention
 from genkit.mixers.linear_map import Projection
 from genkit.mixers.mamba import Mamba, SelectiveScan
 from genkit.nn.adaln import AdaLNBlock, AdaLNHead, init_zero
+from genkit.nn.attend import attend
 from genkit.nn.condition import Condition
 from genkit.nn.drop_path import DropPath
 from genkit.nn.gated_mlp import GatedMLP
@@ -32,6 +32,7 @@ from genkit.nn.layout import dense_layout
 from genkit.nn.norm import RMSNorm
 from genkit.nn.patch import PatchSize, patch_sides, patchify, token_grid, token_layout, unpatchify
 from genkit.nn.scan_orders import ScanOrder
+from genkit.nn.through import through
 from genkit.nn.wavelet import SIDE, BandLayout, haar_packet, inverse_haar_packet
 from genkit.registry import MixerSpec, maker
 
@@ -56,6 +57,8 @@ class Branch(nn.Module):
 class CrossFusion(nn.Module):
     """Two sequences a and b [B, N, d] -> [B, N, 2 d]: each is read with the queries of the other."""
 
+    heeds = (ATTEND,)
+
     def __init__(self, *, width: int, num_heads: int):
         super().__init__()
         if num_heads < 1 or width % num_heads:
@@ -65,10 +68,11 @@ class CrossFusion(nn.Module):
         self.qkv2 = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(2 * width, 2 * width)
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+    def forward(self, a: Tensor, b: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         q1, k1, v1 = self._heads(self.qkv1(a))
         q2, k2, v2 = self._heads(self.qkv2(b))
-        read = [scaled_dot_product_attention(q1, k2, v2), scaled_dot_product_attention(q2, k1, v1)]  # [B, H, N, K]
+        pairs = (q1, k2, v2), (q2, k1, v1)
+        read = [attend(*pair, grid=layout.grid, valid=None, cache=cache) for pair in pairs]  # [B, H, N, K]
         return self.proj(torch.cat([r.transpose(1, 2).flatten(2) for r in read], dim=-1))
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,14 +112,14 @@ class Block(nn.Module):
         self.modulation = nn.Linear(dim, 3 * dim)
 
     def forward(
-        self, h: Tensor, stream: Tensor | None, c: Tensor, layout: Layout, cache: Cache | None = None
+        self, h: Tensor, stream: Tensor, c: Tensor, layout: Layout, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor]:
         """h [B, N, D], the output of the layer before, and the stream it is added to, float32 or wider -> both, after this layer."""
-        added = self.drop_path(h).to(torch.promote_types(h.dtype, torch.float32))
-        stream = added if stream is None else stream + added
+        stream = stream + self.drop_path(h).to(stream.dtype)
         u = self.norm(stream.to(h.dtype))
         a, b = u.chunk(2, dim=-1)
-        h = u + self.fusion(self.spatial(a, c, layout, cache), self.scan_bands(b, c, layout, cache))
+        spatial, bands = self.spatial(a, c, layout, cache), self.scan_bands(b, c, layout, cache)
+        h = u + self.fusion(spatial, bands, layout, cache)
         shift, scale, gate = self.modulation(c).unsqueeze(1).chunk(3, dim=-1)
         return addcmul(h, gate, self.mlp(addcmul(shift, self.norm_mlp(h), 1 + scale))), stream
 
@@ -154,6 +158,7 @@ class DiMSUM(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    heeds = (BLOCKS,)
 
     @register_to_config
     def __init__(
@@ -243,7 +248,7 @@ class DiMSUM(ModelMixin, ConfigMixin):
             t: a number, one per sample [B], or None where time means nothing.
             cond: "label" [B] int64, -1 = null class.
             layout: `valid` must be None; nothing else of it is read.
-            cache: handed to the spatial mixers and the shared block.
+            cache: handed to the spatial mixers and to attention; may skip blocks (see nn.through).
 
         Returns: [B, out_channels, Y, X].
         Raises: UsageError for padding, and for a grid that patches and cells of 4x4 tokens do not fill.
@@ -255,15 +260,19 @@ class DiMSUM(ModelMixin, ConfigMixin):
         h = self.embed(patchify(x, self.sides))  # [B, N, D]
         h = h + self.position(tokens.grid, x.device).to(h.dtype)
         c = self.condition(t, cond, x.shape[0])  # [B, D]
-        stream: Tensor | None = None
-        for i, block in enumerate(self.blocks):
-            h, stream = self._run(block, h, stream, c, tokens, cache)
+
+        def run(i: int, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            h, stream = self._run(self.blocks[i], *state, c, tokens, cache)
             if self.shared is not None and (i + 1) % self.attention_every == 0:
                 h = self._run(self.shared, h, c, tokens, cache)
+            return h, stream
+
+        stream = torch.zeros_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
+        h, _ = through(len(self.blocks), (h, stream), run, cache)
         # What is left in the stream is not used, as released.
         return unpatchify(self.head(h, c), tokens.grid, self.sides)
 
-    def _run(self, block: nn.Module, *args: object) -> Tensor | tuple[Tensor, Tensor]:
+    def _run(self, block: nn.Module, *args: object) -> Any:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)

@@ -16,13 +16,14 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from genkit.errors import UsageError
-from genkit.interfaces import Cache, Cond, Layout
+from genkit.interfaces import BLOCKS, Cache, Cond, Layout
 from genkit.mixers.attention import Attention
 from genkit.nn.adaln import AdaLNBlock, AdaLNHead, init_linears
 from genkit.nn.condition import Condition
 from genkit.nn.grid_positions import GridPositions
 from genkit.nn.mlp import MLP
 from genkit.nn.patch import PatchSize, patch_sides, patchify, real_only, token_grid, token_layout, unpatchify
+from genkit.nn.through import through
 from genkit.registry import MixerSpec, maker
 
 ATTENTION: MixerSpec = {"type": "attention", "num_heads": 6, "qk_norm": False, "rope": False}
@@ -52,6 +53,7 @@ class DiT(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    heeds = (BLOCKS,)
 
     @register_to_config
     def __init__(
@@ -118,7 +120,7 @@ class DiT(ModelMixin, ConfigMixin):
             t: a number, one per sample [B], or None where time means nothing.
             cond: "label" [B] int64, -1 = null class.
             layout: its `valid` [B, cells of x] says which cells are real; nothing else of it is read.
-            cache: handed to the mixers.
+            cache: handed to the mixers; may skip blocks (see nn.through).
 
         Returns: [B, out_channels, *grid], 0 at padding.
         Raises: UsageError for a grid that patches do not fill.
@@ -129,10 +131,12 @@ class DiT(ModelMixin, ConfigMixin):
         h = self.embed(patchify(x, self.sides))  # [B, N, D]
         h = h + self.position(tokens.grid, x.device).to(h.dtype)
         conditions = [condition(t, cond, B) for condition in self.conditions]  # [B, D] each
-        for i, block in enumerate(self.blocks):
+
+        def run(i: int, h: Tensor) -> Tensor:
             c = conditions[i % len(conditions)]
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                h = self._gradient_checkpointing_func(block, h, c, tokens, cache)
-            else:
-                h = block(h, c, tokens, cache)
+                return self._gradient_checkpointing_func(self.blocks[i], h, c, tokens, cache)
+            return self.blocks[i](h, c, tokens, cache)
+
+        h = through(len(self.blocks), h, run, cache)
         return unpatchify(real_only(self.head(h, conditions[0]), tokens), tokens.grid, self.sides)

@@ -17,17 +17,19 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm
 
 from genkit.errors import UsageError
-from genkit.interfaces import Cache, Cond, Layout
+from genkit.interfaces import ATTEND, BLOCKS, Cache, Cond, Layout
 from genkit.nn.adaln import AdaLNBlock, AdaLNHead, init_linears, init_zero
+from genkit.nn.attend import attend
 from genkit.nn.condition import Condition
 from genkit.nn.extrapolation import Extrapolation, Gain, Method, turning_table
 from genkit.nn.gated_mlp import GatedMLP
 from genkit.nn.layout import dense_layout
 from genkit.nn.patch import PatchSize, patch_sides, patchify, real_only, token_grid, token_layout, unpatchify
 from genkit.nn.rope import rotate
+from genkit.nn.through import through
 from genkit.registry import MixerSpec, maker
 
 
@@ -38,7 +40,7 @@ class Packing:
     index: Tensor  # [M] int64, in the flattened [B, N]
     sample: Tensor  # [M] int64, 0 .. B - 1
     place: Tensor  # [M] int64, in the flattened [B, K]
-    mask: Tensor  # [B, 1, 1, K] bool, which places hold a token
+    mask: Tensor  # [B, K] bool, which places hold a token
     shape: tuple[int, int]  # (B, K)
 
     @staticmethod
@@ -52,7 +54,7 @@ class Packing:
         rank = torch.arange(len(index), device=valid.device) - (counts.cumsum(0) - counts).index_select(0, sample)
         held = torch.arange(K, device=valid.device) < counts[:, None]
         held[:, 0] |= counts == 0  # attention over nothing would be NaN
-        return Packing(index, sample, sample * K + rank, held[:, None, None], (B, K))
+        return Packing(index, sample, sample * K + rank, held, (B, K))
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, N, ...] -> [M, ...]."""
@@ -90,6 +92,8 @@ class TurnedAttention(nn.Module):
         qk_norm: layer norm of queries and keys per head before they are turned, without weights (FiTv2).
     """
 
+    heeds = (ATTEND,)
+
     def __init__(self, *, dim: int, num_heads: int, qk_norm: bool):
         super().__init__()
         self.num_heads, self.head_dim, self.qk_norm = num_heads, dim // num_heads, qk_norm
@@ -106,8 +110,9 @@ class TurnedAttention(nn.Module):
         if packing is not None:
             q, k, v = (packing.pad(y) for y in (q, k, v))
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, N, K] each
-        mask = None if packing is None else packing.mask
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        # Packed tokens fill no grid any more; each sample keeps its own raster order.
+        grid, valid = (layout.grid, None) if packing is None else (None, packing.mask)
+        out = attend(q, k, v, grid=grid, valid=valid, cache=cache).transpose(1, 2).flatten(2)
         return self.proj(out if packing is None else packing.unpad(out))
 
 
@@ -137,6 +142,7 @@ class FiT(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    heeds = (BLOCKS,)
 
     @register_to_config
     def __init__(
@@ -216,7 +222,7 @@ class FiT(ModelMixin, ConfigMixin):
             t: a number, one per sample [B], or None where time means nothing.
             cond: "label" [B] int64, -1 = null class.
             layout: `valid` [B, cells of x], or [B, N] of tokens.
-            cache: handed to the mixers.
+            cache: handed to attention or mixers; may skip blocks (see nn.through).
 
         Returns: [B, out_channels, *grid], or [B, out_channels * cells of a patch, N]; 0 at padding.
         Raises: UsageError for a grid that patches do not fill.
@@ -231,11 +237,13 @@ class FiT(ModelMixin, ConfigMixin):
         h = self.embed(patches if packing is None else packing.pack(patches))  # [B, N, D] or [M, D]
         c = self.condition(t, cond, B)  # [B, D]
         shared = None if self.modulation is None else self.modulation(c)  # [B, 6 D]
-        for block in self.blocks:
+
+        def run(i: int, h: Tensor) -> Tensor:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                h = self._gradient_checkpointing_func(block, h, c, tokens, cache, shared, sample)
-            else:
-                h = block(h, c, tokens, cache, shared, sample)
+                return self._gradient_checkpointing_func(self.blocks[i], h, c, tokens, cache, shared, sample)
+            return self.blocks[i](h, c, tokens, cache, shared, sample)
+
+        h = through(len(self.blocks), h, run, cache)
         out = self.head(h, c, sample)
         out = real_only(out, laid_out) if packing is None else packing.unpack(out, N)
         return out.transpose(1, 2) if laid_out.grid is None else unpatchify(out, laid_out.grid, self.sides)
