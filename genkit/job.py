@@ -24,7 +24,7 @@ from genkit.ema import Ema
 from genkit.errors import UsageError
 from genkit.interfaces import Layout
 from genkit.nn.latents import LatentStats
-from genkit.nn.layout import dense_layout
+from genkit.nn.layout import dense_layout, padded_layout
 from genkit.optim import adamw
 from genkit.pipeline import GeneratorPipeline, TokenizerPipeline
 from genkit.rng import derive, sample_seeds
@@ -51,6 +51,12 @@ class Job:
     counters: Counters
     board: Any = None  # tensorboard writer, on the main process
 
+    def layout_of(self, batch: dict[str, Any], target: Any) -> Layout | None:
+        """Where the cells of a batch lie; of samples in sizes of their own, which of them are real."""
+        if "size" not in batch:
+            return self.layout
+        return padded_layout(tuple(target.shape[2:]), batch["size"])
+
     @property
     def total_samples(self) -> int:
         """`num_samples` in whole batches."""
@@ -68,6 +74,11 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
     tokenizer, layout = None, None
     if config.task == "tokenize":
         dataset = registry.build("data", config["data"])
+        if dataset.info.unit:
+            raise UsageError(
+                f"a tokenizer is trained on images of one size, and these have sizes of their own ({dataset.info.source}); "
+                "set data.aspect=crop or data.sizes=null; generators may use the others with it"
+            )
         model = registry.build("tokenizer", config["tokenizer"], image_channels=dataset.info.shape[0])
         check_size(dataset.info.shape, model.stride)
         if hasattr(objective, "prepare"):
@@ -90,7 +101,12 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
             num_levels=tokenizer.num_levels,
             num_classes=len(class_names),
             grid=grid,
+            patch_sizes=getattr(tokenizer, "patch_sizes", None),
+            num_grains=getattr(tokenizer, "num_grains", None),
         )
+        if hasattr(objective, "bind"):
+            objective.bind(tokenizer)
+        check_sizes(model, dataset, config, tokenizer.channels)
     torch.manual_seed(derive(settings["seed"], accelerator.process_index))  # dropout, another mask in every process
     model.to(accelerator.device)
     optimizer = adamw(model, settings)
@@ -128,6 +144,44 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
         record_start(job)
         job.board = tensorboard(run)
     return job
+
+
+def check_sizes(backbone: Any, dataset: Any, job_config: configs.Config, channels: int) -> None:
+    """Raises UsageError for samples in sizes of their own that a generator cannot be trained on."""
+    unit = dataset.info.unit // dataset.meta["stride"]  # cells
+    if not unit:
+        return
+    if job_config["objective"]["type"] not in ("flow", "diffusion", "edm"):
+        raise UsageError(
+            f"objective.type={job_config['objective']['type']} is trained on images of one size; those in sizes of their own are for flow, diffusion "
+            "and edm. Set data.aspect=crop or data.sizes=null"
+        )
+    for side in getattr(backbone, "sides", ()):
+        if unit % side:
+            raise UsageError(
+                f"sides of these images are multiples of {dataset.info.unit} pixels, {unit} cells, which patches of {side} do not fill; "
+                f"set data.unit, or the sides in data.sizes, to multiples of {dataset.meta['stride'] * side}, or another backbone.patch_size"
+            )
+    if job_config["train"]["one_size_batches"]:
+        return
+    grid = tuple(dataset.meta["grid"])
+    sizes = torch.tensor([grid, (unit, *grid[1:])])
+    was_training = backbone.training
+    try:
+        with torch.no_grad():
+            backbone.eval()(
+                torch.zeros(2, channels, *grid),
+                torch.full((2,), 0.5),
+                {"label": torch.tensor([-1, -1])},
+                padded_layout(grid, sizes),
+            )
+    except UsageError as error:
+        raise UsageError(
+            f"backbone.type={job_config['backbone']['type']} cannot be trained on batches of several sizes: {error}. The backbones fit and "
+            "fit_interleaved take them, and dit with such mixers; or set train.one_size_batches=true: every batch then has images of one size"
+        ) from None
+    finally:
+        backbone.train(was_training)
 
 
 def make_accelerator(settings: dict[str, Any], device: str | None) -> Accelerator:

@@ -37,10 +37,11 @@ class AdaLNBlock(nn.Module):
         self.mixer, self.mlp, self.mlp_norm_eps = mixer, mlp, mlp_norm_eps
         self.dropout = Dropout(dropout)
         self.drop_path = DropPath(drop_path)
-        if modulation is None and rank is None:
-            modulation = nn.Linear(dim, 6 * dim)
-        elif modulation is None:
-            modulation = nn.Sequential(nn.Linear(dim, rank), nn.Linear(rank, 6 * dim))
+        if modulation is None:
+            wide = 6 * dim
+            modulation = (
+                nn.Linear(dim, wide) if rank is None else nn.Sequential(nn.Linear(dim, rank), nn.Linear(rank, wide))
+            )
         self.modulation: nn.Module = modulation
 
     def forward(
