@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -45,6 +45,10 @@ class Train(_Section):
         "auto", description="auto = fp32 on a CPU, bf16 on a GPU that has it"
     )
     seed: int = Field(0, ge=0)
+    one_size_batches: bool = Field(
+        False,
+        description="of data in sizes of their own: every batch has images of one size, for backbones that take no padding",
+    )
     num_workers: int = Field(0, ge=0, description="processes that load data; 0 suits data held in memory")
     max_bad_steps: int = Field(
         5, ge=1, description="stop after this many steps in a row with a loss that is not finite"
@@ -82,6 +86,13 @@ class Sampler(_Section):
     )
     guidance_channels: int | None = Field(
         None, ge=1, description="of latents: only so many channels are guided; DiT and SiT were published with 3"
+    )
+    guidance_weak: str | None = Field(
+        None,
+        description="a run or checkpoint of a worse model: guided away from it instead of from no label (autoguidance)",
+    )
+    reuse: Annotated[dict[str, Any], registry.Nested("reuse")] | None = Field(
+        None, description="what is kept from step to step instead of computed anew; null = nothing"
     )
 
 
@@ -291,11 +302,8 @@ def check(data: dict[str, Any], file: str = "", places: dict[str, str] | None = 
         if data.get(section) and not isinstance(data[section], kind):
             raise UsageError(f"{section} must be a {called}, found {data[section]!r}{at(section)}")
     if data.get("sampler"):
-        own = {key: value for key, value in data["sampler"].items() if key not in Sampler.model_fields}
-        common = {key: value for key, value in data["sampler"].items() if key in Sampler.model_fields}
-        config["sampler"] = registry.check("sampler", own, "sampler", config.where) | _fixed(
-            Sampler, common, "sampler", config
-        )
+        config["sampler"] = _sampler(data["sampler"], config)
+        check_reuse(config["sampler"], config["objective"], config.where("sampler.reuse"))
     elif data.get("backbone"):
         raise UsageError(f"a generator needs a section `sampler`{at('backbone')}")
     config["metrics"] = [
@@ -305,6 +313,58 @@ def check(data: dict[str, Any], file: str = "", places: dict[str, str] | None = 
     for section, model in FIXED.items():
         config[section] = _fixed(model, data.get(section) or {}, section, config)
     return config
+
+
+def with_sampler(section: Mapping[str, Any], changes: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """A checked section `sampler` with changes, "num_steps=20" or {"reuse": {...}}. A sampler of another type keeps what all of them have: guidance, reuse.
+
+    Raises: UsageError as for a recipe.
+    """
+    texts = [f"{k}={json.dumps(v)}" for k, v in changes.items()] if isinstance(changes, Mapping) else changes
+    config = Config()
+    config.places, config.file = {}, ""
+    data = {"sampler": copy.deepcopy(dict(section))}
+    for text in texts:
+        common = {key: value for key, value in data["sampler"].items() if key in Sampler.model_fields}
+        _override(data, f"sampler.{text}", config.places)
+        data["sampler"] = common | data["sampler"]
+    return _sampler(data["sampler"], config)
+
+
+def _sampler(values: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The section `sampler`: options of its own, what all have, and the kind of reuse."""
+    own = {key: value for key, value in values.items() if key not in Sampler.model_fields}
+    common = {key: value for key, value in values.items() if key in Sampler.model_fields}
+    found = registry.check("sampler", own, "sampler", config.where) | _fixed(Sampler, common, "sampler", config)
+    if found["reuse"] is not None:
+        found["reuse"] = registry.check("reuse", found["reuse"], "sampler.reuse", config.where)
+    return found
+
+
+def check_reuse(section: Mapping[str, Any], objective: Mapping[str, Any], place: str = "") -> None:
+    """Raises UsageError where the kind of reuse in a checked section `sampler` cannot serve this sampler or objective."""
+    if section.get("reuse") is None:
+        return
+    word = section["reuse"]["type"]
+    sampler, kind = registry.find("sampler", section["type"]), registry.find("reuse", word)
+    target = getattr(registry.find("objective", objective["type"]), "target", "z")
+    at = f" [{place}]" if place else ""
+    if hasattr(kind, "start"):  # wraps the model of samplers that know nothing of it
+        if target == "ids":
+            raise UsageError(
+                f"sampler.reuse.type={word} serves latents; objective.type={objective['type']} learns ids{at}"
+            )
+        if getattr(sampler, "is_adaptive", False):
+            raise UsageError(
+                f"sampler.reuse.type={word} needs the same steps for all samples, and sampler.type={section['type']} chooses them for each; use another sampler{at}"
+            )
+    elif "reuse" not in registry.options(sampler):
+        served = [
+            name for name in registry.words("sampler") if "reuse" in registry.options(registry.find("sampler", name))
+        ]
+        raise UsageError(
+            f"sampler.reuse.type={word} serves sampler.type={' or '.join(served)}, found {section['type']}{at}"
+        )
 
 
 def _fixed(model: type[_Section], values: Any, section: str, config: Config) -> dict[str, Any]:

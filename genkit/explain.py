@@ -33,7 +33,9 @@ def keys(section: str, word: str | None = None) -> list[Key]:
     if word is None and section in _FIXED:
         for name, field in _FIXED[section].model_fields.items():
             default = "required" if field.is_required() else _value(field.default)
-            found.append(Key(f"{section}.{name}", _name(field.annotation), default, field.description or ""))
+            nested = registry.nested_part(field.annotation)
+            about, inner = field.description or "", nested.section if nested else None
+            found.append(Key(f"{section}.{name}", _name(field.annotation), default, about, inner))
     if section in registry.FAMILIES:
         for part in [word] if word else registry.words(section):
             found.extend(_part_keys(section, part))
@@ -130,7 +132,8 @@ def _name(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         nested = next((m for m in args[1:] if isinstance(m, registry.Nested)), None)
-        return f"a {nested.section}, or a list of them" if nested else _name(args[0])
+        many = ", or a list of them" if any(typing.get_origin(arg) is list for arg in typing.get_args(args[0])) else ""
+        return f"a {nested.section}{many}" if nested else _name(args[0])
     if origin is typing.Literal:
         return " or ".join(map(str, args))
     if origin in (typing.Union, types.UnionType):

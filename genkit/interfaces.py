@@ -24,7 +24,7 @@ Cache = dict[Any, Any]
 
 # What a kind of reuse (genkit/reuse/) puts into a cache for a whole network. Modules that ask for it name the key in `heeds`.
 ATTEND = "attend"  # (q, k, v [B, H, N, K], grid, valid) -> [B, H, N, K], in place of full attention
-BLOCKS = "blocks"  # (number of blocks, state, run(i, state) -> state) -> state, in place of running them one after the other
+BLOCKS = "blocks"  # (number of blocks, state, run(i, state) -> state) -> state, in place of running one after the other
 
 
 class Path(Protocol):

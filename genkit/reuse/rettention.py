@@ -25,7 +25,7 @@ from genkit.interfaces import ATTEND, Cache
 from genkit.kernels.block_sparse_attention.op import block_sparse_attention
 from genkit.kernels.block_sparse_attention.pattern import Pattern, build
 from genkit.kernels.block_sparse_attention.rules import band, tile_order, window
-from genkit.reuse.carried import Carried, What, check_schedule, heeding
+from genkit.reuse.calls import Carried, What, check_schedule, heeding
 
 Carry = Literal["both", "residual", "none"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genkit.errors import UsageError
 from genkit.interfaces import BLOCKS, Cache
-from genkit.reuse.carried import Carried, What, check_schedule
+from genkit.reuse.calls import Carried, What, check_schedule
 
 State = Tensor | tuple[Tensor, Tensor]
 

@@ -37,6 +37,10 @@ class Dopri5:
         num_steps: most steps, tried ones included; each calls the model six times.
     """
 
+    is_adaptive = (
+        True  # samples are at times of their own, and a step may be tried again: nothing can be carried between calls
+    )
+
     def __init__(self, *, rtol: float = 1e-3, atol: float = 1e-5, num_steps: int = 1000):
         if rtol <= 0 or atol <= 0:
             raise UsageError(f"sampler.rtol={rtol} and sampler.atol={atol} must be positive")
