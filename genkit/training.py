@@ -112,7 +112,8 @@ def loop(job: Job, progress: Progress, stop: list[int]) -> None:
             rng = Rng.at(settings["seed"], int(batch["position"][0]), len(batch["position"]), accelerator.device)
             cond = {"label": batch["label"]} if job.tokenizer is not None else {}
             with accelerator.autocast():
-                losses = job.objective(job.wrapped, batch[job.objective.target], cond, job.layout, rng)
+                target = batch[job.objective.target]
+                losses = job.objective(job.wrapped, target, cond, job.layout_of(batch, target), rng)
                 loss = torch.stack([value.mean() for name, value in losses.items() if name[0] != "_"]).sum()
             accelerator.backward(loss)
             meter.add(loss, losses)
@@ -176,6 +177,7 @@ def fetch(job: Job) -> Iterator[dict[str, Any]]:
         world_size=job.accelerator.num_processes,
         micro_batch_size=settings["micro_batch_size"],
         num_workers=settings["num_workers"],
+        one_size=settings["one_size_batches"],
         device=job.accelerator.device,
     )
 

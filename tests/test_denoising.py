@@ -117,7 +117,7 @@ def test_variances_alone_feel_the_bound():
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(k + 1))
         x_t = along(objective.path.alpha(t), x0) * x0 + along(objective.path.sigma(t), x0) * noise
         found, _ = objective.split(torch.zeros_like(x0), x_t, t)
-        bits = objective.bound(found, x0, x_t, variance, torch.full((512,), k)).mean().detach()
+        bits = objective.bound(found, x0, x_t, variance, torch.full((512,), k), LAYOUT).mean().detach()
         assert math.isclose(float(bits), expected, rel_tol=0.06), f"k={k}: {float(bits)}"
 
     weight = torch.ones((), requires_grad=True)

@@ -145,16 +145,12 @@ class Emoji:
         self._images: InMemory | InSizes
         if sizes is None:
             self._images = InMemory(pixels[nominal], labels, keys, list(GROUPS), source)
+            self.pixels = self._images.pixels
         else:
             told = f"{source} in {len(wanted)} sizes"
             self._images = InSizes(pixels, labels, keys, list(GROUPS), told, (3, *nominal))
             self.sizes = self._images.sizes
-        self.info, self.keys, self.labels, self.pixels = (
-            self._images.info,
-            self._images.keys,
-            self._images.labels,
-            self._images.pixels,
-        )
+        self.info, self.keys, self.labels = self._images.info, self._images.keys, self._images.labels
 
     def __len__(self) -> int:
         return len(self._images)

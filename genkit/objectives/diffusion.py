@@ -11,7 +11,7 @@ from torch import Tensor
 from genkit.errors import UsageError
 from genkit.interfaces import Cond, Layout, Predict
 from genkit.nn.paths import Discrete, Predictor, along
-from genkit.objectives.denoising import drop_labels, per_sample
+from genkit.objectives.denoising import drop_labels, noise_like, per_sample
 from genkit.rng import Rng
 
 
@@ -54,16 +54,24 @@ class Diffusion:
         T = self.path.num_times
         k = rng.fork("time").integers(T)  # [B]
         t = (k + 1).double() / T
-        noise = rng.fork("noise").normal(*target.shape[1:])
+        noise = noise_like(target, layout, rng)
         alpha, sigma = along(self.path.alpha(t), target), along(self.path.sigma(t), target)
         x_t = alpha * target + sigma * noise
         out = model(x_t, k, drop_labels(cond, self.cond_drop, rng), layout).float()
+        return self.errors(out, target, x_t, noise, k, layout)
+
+    def errors(
+        self, out: Tensor, target: Tensor, x_t: Tensor, noise: Tensor, k: Tensor, layout: Layout
+    ) -> dict[str, Tensor]:
+        """The losses, [B], of what the network gave for x_t = alpha target + sigma noise at the steps k [B]."""
+        t = (k + 1).double() / self.path.num_times
+        alpha, sigma = along(self.path.alpha(t), target), along(self.path.sigma(t), target)
         found, variance = out[:, : target.shape[1]], out[:, target.shape[1] :]
         wanted = {"noise": noise, "v": alpha * noise - sigma * target, "x0": target}[self.prediction]
-        losses = {"mse": self.weight(t).float() * per_sample((found - wanted).square())}
+        losses = {"mse": self.weight(t).float() * per_sample((found - wanted).square(), layout)}
         if variance.numel():
             x0, _ = self.split(found.detach(), x_t, t)
-            losses["vb"] = self.bound(x0, target, x_t, variance, k)
+            losses["vb"] = self.bound(x0, target, x_t, variance, k, layout)
         return losses
 
     def weight(self, t: Tensor) -> Tensor:
@@ -73,7 +81,7 @@ class Diffusion:
         snr = self.path.alpha(t).square() / self.path.sigma(t).square()
         return snr.clamp_max(self.min_snr) / {"noise": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[self.prediction]
 
-    def bound(self, x0: Tensor, target: Tensor, x_t: Tensor, fraction: Tensor, k: Tensor) -> Tensor:
+    def bound(self, x0: Tensor, target: Tensor, x_t: Tensor, fraction: Tensor, k: Tensor, layout: Layout) -> Tensor:
         """[B] bits per number: KL(q(x_{k-1} | x_k, x0) || p), and at k = 0 the likelihood of x0 in bins as wide as of 8-bit images."""
         t, s = (k + 1).double() / self.path.num_times, k.double() / self.path.num_times
         mean, log_variance = posterior(self.path, target, x_t, t, s)
@@ -87,7 +95,7 @@ class Diffusion:
             + (mean - found_mean).square() * (-found_log_variance).exp()
         )
         nll = _binned_nll(target, found_mean, 0.5 * found_log_variance)
-        return torch.where(k == 0, per_sample(nll), per_sample(kl)) / math.log(2)
+        return torch.where(k == 0, per_sample(nll, layout), per_sample(kl, layout)) / math.log(2)
 
     def split(self, out: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x0, noise) from what the network gave."""

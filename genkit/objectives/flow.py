@@ -10,7 +10,7 @@ from torch import Tensor
 from genkit.errors import UsageError
 from genkit.interfaces import Cond, Layout, Predict
 from genkit.nn.paths import Predictor, Straight, Trigonometric, along
-from genkit.objectives.denoising import drop_labels, per_sample
+from genkit.objectives.denoising import drop_labels, noise_like, per_sample
 from genkit.rng import Rng
 
 
@@ -52,12 +52,12 @@ class Flow:
     def __call__(self, model: Any, target: Tensor, cond: Cond, layout: Layout, rng: Rng) -> dict[str, Tensor]:
         """{"velocity": [B]} for latents target [B, C, *grid]."""
         t = self.draw_time(rng)  # [B]
-        noise = rng.fork("noise").normal(*target.shape[1:])
+        noise = noise_like(target, layout, rng)
         x_t = along(self.path.alpha(t), target) * target + along(self.path.sigma(t), target) * noise
         d_alpha, d_sigma = self.path.slopes(t)
         velocity = along(d_alpha, target) * target + along(d_sigma, target) * noise
         found = self.velocity(model, x_t, t, drop_labels(cond, self.cond_drop, rng), layout)
-        return {"velocity": per_sample((found.float() - velocity).square())}
+        return {"velocity": per_sample((found.float() - velocity).square(), layout)}
 
     def draw_time(self, rng: Rng) -> Tensor:
         """t [B] float64."""
