@@ -31,8 +31,9 @@ from tests.golden_kernels_attn import run_octformer_attention, run_rettention_ke
 from tests.golden_kernels_gla import run_gla, run_retention, run_ssd, run_vssd_kernel  # noqa: F401
 from tests.golden_kernels_rec import run_aaren, run_convs5, run_s5  # noqa: F401
 from tests.golden_kernels_sscan import run_selective_scan  # noqa: F401
-from tests.golden_masked import run_maskgit_imagebert, run_maskgit_uvitbert, run_recap  # noqa: F401
+from tests.golden_masked import run_mar, run_maskgit_imagebert, run_maskgit_uvitbert, run_recap, run_recap_mar  # noqa: F401
 from tests.golden_mixers import run_vssd  # noqa: F401
+from tests.golden_octree import run_octformer, run_octgpt, run_octree  # noqa: F401
 from tests.golden_quantisers import run_fsq, run_lfq, run_rvq  # noqa: F401
 from tests.golden_structured import run_dqvae, run_titok, run_var_vqvae  # noqa: F401
 from tests.golden_vqgan import run_llamagen_vq, run_maskgit_vqgan, run_taming_vqgan  # noqa: F401

@@ -1,0 +1,141 @@
+"""ImageBert of bytedance/1d-tokenizer: the MaskGIT-style generators of TiTok."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from genkit.backbones.bert import Bert
+from genkit.errors import GenkitError, UsageError
+from genkit.importers.names import Rules, count, fill, shape
+
+WHAT = "an ImageBert"
+IGNORED = {
+    r"model\.embeddings\.token_type_embeddings\.weight": "its first row is added to the positions, the second was never used",
+    r"model\.embeddings\.position_ids": "the numbers 0, 1, 2, ...",
+}
+HEADS = {768: 16}  # width -> attention heads of the published sizes
+WORDS, POSITIONS = "model.embeddings.word_embeddings.weight", "model.embeddings.position_embeddings.weight"
+
+
+def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Bert:
+    """State dict -> backbone in evaluation mode. Sizes are read from the weights.
+
+    Args:
+        config: of the original's options, flat or nested as in its files, `num_attention_heads` (by default that of the published size of this width) and
+            `image_grid`, tokens per axis where they are not a row as TiTok's.
+
+    Raises: GenkitError for weights that do not fit, naming the keys; UsageError where the number of heads has to be told.
+    """
+    options = flat(config or {})
+    dim = shape(state, "model.embeddings.LayerNorm.weight", WHAT)[0]
+    codebook_size = shape(state, "model.lm_head.weight", WHAT)[0]
+    network = Bert(
+        codebook_size=codebook_size,
+        num_levels=1,
+        num_classes=num_classes(state, WORDS, codebook_size, WHAT),
+        grid=token_grid(shape(state, POSITIONS, WHAT)[0] - 1, options),
+        dim=dim,
+        depth=count(state, "model.encoder.layer.{}."),
+        num_heads=num_heads(dim, options, HEADS),
+        mlp_ratio=shape(state, "model.encoder.layer.0.intermediate.dense.weight", WHAT)[0] / dim,
+        head="linear",
+    )
+    types = "model.embeddings.token_type_embeddings.weight"
+    shape(state, types, WHAT)
+    own = split_vocabulary(state, WORDS, codebook_size) | {POSITIONS: state[POSITIONS] + state[types][0]}
+    fill(network, own, RULES, IGNORED, WHAT)
+    return network.eval()
+
+
+def sampling(network: Any) -> dict[str, Any]:
+    """How TiTok draws: 8 steps, ids from softmax(logits / u) and the most confident by their logits, u falling from 4.5 (1 - 1/8) to 0 with the noise;
+    guidance that grows step by step, written here as 1 + its scale 4.5."""
+    num_steps, temperature = 8, 4.5
+    return {
+        "objective": {"type": "masked", "schedule": "arccos"},
+        "sampler": {
+            "type": "masked",
+            "num_steps": num_steps,
+            "schedule": "arccos",
+            "temperature": temperature,
+            "confidence": "logit",
+            "softmax_temperature": temperature * (1 - 1 / num_steps),
+            "softmax_end": 0.0,
+            "guidance": 5.5,
+            "guidance_schedule": "steps",
+        },
+    }
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Their options are spread over nested sections (model.generator, model.vq_model); names are unique."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= flat(value) if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def num_heads(
+    dim: int, options: Mapping[str, Any], published: Mapping[int, int], name: str = "num_attention_heads"
+) -> int:
+    """As the config says, or as in the published network of this width; weights alone do not tell."""
+    if name in options:
+        return int(options[name])
+    if dim not in published:
+        raise UsageError(f"no published network has a width of {dim}; give a --config with {name}")
+    return published[dim]
+
+
+def token_grid(num_tokens: int, options: Mapping[str, Any]) -> tuple[int, ...]:
+    """As the config says, else a row. Raises UsageError where the config's has another number of tokens."""
+    grid = options.get("image_grid", [num_tokens])
+    if math.prod(grid) != num_tokens:
+        raise UsageError(
+            f"--config image_grid={list(grid)} has {math.prod(grid)} tokens, the weights have positions for {num_tokens}"
+        )
+    return tuple(grid)
+
+
+def num_classes(state: Mapping[str, Tensor], key: str, codebook_size: int, what: str) -> int:
+    """Of one vocabulary: ids, the mask, classes, the null class."""
+    rows = shape(state, key, what)[0] - codebook_size - 2
+    if rows < 0:
+        raise GenkitError(f"these weights are not those of {what}: {key} has fewer rows than ids, mask and null class")
+    return rows
+
+
+def split_vocabulary(state: Mapping[str, Tensor], key: str, codebook_size: int) -> dict[str, Tensor]:
+    """The state with the one table in two: ids and mask under "ids", classes and null class under "classes"."""
+    table = state[key]
+    others = {name: value for name, value in state.items() if name != key}
+    return {**others, "ids": table[: codebook_size + 1], "classes": table[codebook_size + 1 :]}
+
+
+_PARTS = {
+    "mixer.proj": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "mlp.up": "intermediate.dense",
+    "mlp.down": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+RULES: Rules = [
+    (r"sequence\.embed\.table\.weight", "ids"),
+    (r"sequence\.label\.table\.weight", "classes"),
+    (r"sequence\.positions", POSITIONS),
+    (r"sequence\.norm\.(\w+)", "model.embeddings.LayerNorm.{0}"),
+    (
+        r"blocks\.(\d+)\.mixer\.qkv\.(\w+)",
+        lambda i, kind: tuple(
+            f"model.encoder.layer.{i}.attention.self.{part}.{kind}" for part in ("query", "key", "value")
+        ),
+    ),
+    (
+        r"blocks\.(\d+)\.(mixer\.proj|norm1|mlp\.up|mlp\.down|norm2)\.(\w+)",
+        lambda i, part, kind: f"model.encoder.layer.{i}.{_PARTS[part]}.{kind}",
+    ),
+    (r"to_logits\.linear\.(\w+)", "model.lm_head.{0}"),
+]
