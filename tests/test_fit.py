@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from genkit import registry
-from genkit.backbones.fit import FiT, Packing
+from genkit.backbones.fit import FiT
 from genkit.errors import GenkitError, UsageError
 from genkit.importers import fit
 from genkit.importers.names import source_of
 from genkit.interfaces import Layout
 from genkit.nn.extrapolation import Extrapolation, turning_table
 from genkit.nn.layout import dense_layout
+from genkit.nn.packing import Packing
 from genkit.nn.patch import patchify, unpatchify
 from genkit.nn.rope import rope_table, rotate
 
@@ -243,19 +244,26 @@ def test_a_sample_without_a_token_is_zero_and_hurts_nobody():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_packing_goes_there_and_back():
-    valid = torch.tensor([[True, False, True, False, False], [False] * 5, [True, True, False, True, True]])
-    packing = Packing.of(valid)
-    x = noisy(3, 5, 2)
+@pytest.mark.parametrize("slack", [0.0, 0.25, 1.0])
+def test_packing_goes_there_and_back(slack):
+    valid = torch.tensor([[True, False, True, False, False], [False] * 5, [True, True, False, True, True], [True] * 5])
+    packing = Packing.of(valid, slack)
+    x = noisy(4, 5, 2)
     rows = packing.pack(x)
     assert torch.equal(rows, x[valid])
-    assert packing.sample.tolist() == [0, 0, 2, 2, 2, 2]
+    assert packing.sample.tolist() == [0, 0, 2, 2, 2, 2, 3, 3, 3, 3, 3]
     assert torch.equal(packing.unpack(rows, 5), torch.where(valid.unsqueeze(-1), x, 0))
     padded = packing.pad(rows)
-    assert padded.shape == (3, 4, 2)
-    assert torch.equal(padded[0, :2], x[0, [0, 2]])
     assert torch.equal(packing.unpad(padded), rows)
-    assert packing.mask.flatten(1).tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
+    lengths = {0.0: [5, 4, 2, 1], 0.25: [5, 2, 1], 1.0: [5]}[slack]
+    assert [group.length for group in packing.groups] == lengths
+    assert len(padded) == packing.num_places == sum(group.count * group.length for group in packing.groups)
+    last = packing.groups[-1]  # the sample without a token has a place all the same, or attention would be NaN
+    assert last.held is not None
+    assert last.held[-1].tolist() == [True] + [False] * (last.length - 1)
+    first = packing.groups[0]
+    assert torch.equal(first.of(padded)[0], x[3])
+    assert (first.held is None) == (slack == 0)
 
 
 def test_tokens_by_coordinates_equal_the_grid():

@@ -4,7 +4,7 @@ Differences from the papers: other mixers may stand in for attention; grids of a
 of a diffusion, FiTv2 [0, 1] of a flow towards data).
 
 Where samples of a batch have sizes of their own (`layout.valid`), only real tokens are computed: they are packed into [M, D], and attention alone sees
-them as a batch, cut to its longest sample. Padding is never seen and comes out as 0. How x becomes tokens and what is read of the layout:
+them as samples, in groups of about one length (genkit/nn/packing.py). Padding is never seen and comes out as 0. How x becomes tokens and what is read of the layout:
 genkit/nn/patch.py; a layout without a grid says that x already is tokens (see FiT.forward).
 """
 
@@ -27,52 +27,11 @@ from genkit.nn.condition import Condition
 from genkit.nn.extrapolation import Extrapolation, Gain, Method, turning_table
 from genkit.nn.gated_mlp import GatedMLP
 from genkit.nn.layout import dense_layout
+from genkit.nn.packing import SLACK, Packing
 from genkit.nn.patch import PatchSize, patch_sides, patchify, real_only, token_grid, token_layout, unpatchify
 from genkit.nn.rope import rotate
 from genkit.nn.through import through
 from genkit.registry import MixerSpec, maker
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Which of B x N tokens are real, M in all, and their places in a batch of the longest sample's length K."""
-
-    index: Tensor  # [M] int64, in the flattened [B, N]
-    sample: Tensor  # [M] int64, 0 .. B - 1
-    place: Tensor  # [M] int64, in the flattened [B, K]
-    mask: Tensor  # [B, K] bool, which places hold a token
-    shape: tuple[int, int]  # (B, K)
-
-    @staticmethod
-    def of(valid: Tensor) -> Packing:
-        """valid [B, N] bool."""
-        B, N = valid.shape
-        counts = valid.sum(1)  # [B]
-        K = max(1, int(counts.max()))
-        index = valid.flatten().nonzero().squeeze(1)
-        sample = index // N
-        rank = torch.arange(len(index), device=valid.device) - (counts.cumsum(0) - counts).index_select(0, sample)
-        held = torch.arange(K, device=valid.device) < counts[:, None]
-        held[:, 0] |= counts == 0  # attention over nothing would be NaN
-        return Packing(index, sample, sample * K + rank, held, (B, K))
-
-    def pack(self, x: Tensor) -> Tensor:
-        """[B, N, ...] -> [M, ...]."""
-        return x.flatten(0, 1).index_select(0, self.index)
-
-    def unpack(self, x: Tensor, num_tokens: int) -> Tensor:
-        """[M, ...] -> [B, N, ...], 0 at padding."""
-        B, N = self.shape[0], num_tokens
-        return x.new_zeros(B * N, *x.shape[1:]).index_copy(0, self.index, x).unflatten(0, (B, N))
-
-    def pad(self, x: Tensor) -> Tensor:
-        """[M, ...] -> [B, K, ...]."""
-        B, K = self.shape
-        return x.new_zeros(B * K, *x.shape[1:]).index_copy(0, self.place, x).unflatten(0, (B, K))
-
-    def unpad(self, x: Tensor) -> Tensor:
-        """[B, K, ...] -> [M, ...]."""
-        return x.flatten(0, 1).index_select(0, self.place)
 
 
 @dataclass(frozen=True)
@@ -107,13 +66,18 @@ class TurnedAttention(nn.Module):
             q, k = (layer_norm(y, (self.head_dim,), eps=1e-6) for y in (q, k))
         q, k = (rotate(y, layout.table).to(v.dtype) for y in (q, k))  # the rotation runs in float32 under autocast
         packing = layout.packing
-        if packing is not None:
-            q, k, v = (packing.pad(y) for y in (q, k, v))
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, N, K] each
-        # Packed tokens fill no grid any more; each sample keeps its own raster order.
-        grid, valid = (layout.grid, None) if packing is None else (None, packing.mask)
-        out = attend(q, k, v, grid=grid, valid=valid, cache=cache).transpose(1, 2).flatten(2)
-        return self.proj(out if packing is None else packing.unpad(out))
+        if packing is None:
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, N, K] each
+            out = attend(q, k, v, grid=layout.grid, valid=None, cache=cache)
+            return self.proj(out.transpose(1, 2).flatten(2))
+        padded = [packing.pad(y) for y in (q, k, v)]
+        outs = []
+        for group in packing.groups:
+            q, k, v = (group.of(y).transpose(1, 2) for y in padded)
+            # Packed tokens fill no grid any more; each sample keeps its own raster order.
+            out = attend(q, k, v, grid=None, valid=group.held, cache=cache)
+            outs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
+        return self.proj(packing.unpad(torch.cat(outs)))
 
 
 class FiT(ModelMixin, ConfigMixin):
@@ -231,7 +195,9 @@ class FiT(ModelMixin, ConfigMixin):
         laid_out = token_layout(x, layout, self.sides) if layout.grid is not None else layout
         patches = patchify(x, self.sides) if layout.grid is not None else x.transpose(1, 2)  # [B, N, C']
         N = patches.shape[1]
-        tokens = laid_out if self.has_mixer else self.turned(laid_out, B)
+        tokens = (
+            laid_out if self.has_mixer else self.turned(laid_out, B, is_one_group=cache is not None and ATTEND in cache)
+        )
         packing = tokens.packing if isinstance(tokens, TurnedLayout) else None
         sample = None if packing is None else packing.sample
         h = self.embed(patches if packing is None else packing.pack(patches))  # [B, N, D] or [M, D]
@@ -248,8 +214,12 @@ class FiT(ModelMixin, ConfigMixin):
         out = real_only(out, laid_out) if packing is None else packing.unpack(out, N)
         return out.transpose(1, 2) if laid_out.grid is None else unpatchify(out, laid_out.grid, self.sides)
 
-    def turned(self, layout: Layout, batch_size: int) -> TurnedLayout:
-        """The layout with its rotations, packed where there is padding."""
+    def turned(self, layout: Layout, batch_size: int, is_one_group: bool = False) -> TurnedLayout:
+        """The layout with its rotations, packed where there is padding.
+
+        Args:
+            is_one_group: what stands in for attention keeps something for every sample, so that it must see them together.
+        """
         coords, valid, grid = layout.coords, layout.valid, layout.grid
         if grid is not None and valid is None:
             return TurnedLayout(coords, grid, table=grid_table(grid, self.head_dim, self.rule, coords.device))
@@ -258,7 +228,7 @@ class FiT(ModelMixin, ConfigMixin):
             valid = torch.ones(coords.shape[:2], dtype=torch.bool, device=coords.device)
         # Tokens along every axis of each sample: the largest coordinate of a real token, plus 1.
         sizes = torch.where(valid.unsqueeze(-1), coords, 0).amax(1) + 1  # [B, A]
-        packing = Packing.of(valid)
+        packing = Packing.of(valid, 1.0 if is_one_group else SLACK)
         cos, sin = turning_table(coords, sizes, self.head_dim, self.rule)
         return TurnedLayout(coords, grid, valid, table=(packing.pack(cos), packing.pack(sin)), packing=packing)
 
