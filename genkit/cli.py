@@ -69,6 +69,14 @@ DEVICE = argument("--device", help="cpu, cuda, cuda:1, mps (default: the best th
 SEED = argument("--seed", type=int, default=0, help="the same seed gives the same result (default: 0)")
 STEPS = argument("--steps", type=int, help="sampler steps (default: the recipe's)")
 GUIDANCE = argument("--guidance", type=float, help="classifier-free guidance strength (default: the recipe's)")
+SAMPLER = argument(
+    "--sampler",
+    nargs="+",
+    action="extend",
+    default=[],
+    metavar="KEY=VALUE",
+    help="changes of the recipe's sampler: type=heun, reuse.type=skip_blocks, guidance_weak=RUN",
+)
 RAW = argument("--raw", action="store_true", help="the weights as trained, not their moving average")
 LAUNCH = argument("--launch", type=int, metavar="N", help="share the images out over N processes of this machine")
 BATCH_SIZE = argument(
@@ -199,6 +207,7 @@ def _launch(args: argparse.Namespace) -> int:
     SEED,
     STEPS,
     GUIDANCE,
+    SAMPLER,
     argument("-o", "--out", metavar="DIR", help="default: a folder in the run"),
     RAW,
     BATCH_SIZE,
@@ -215,6 +224,7 @@ def sample(args: argparse.Namespace) -> Answer:
         out=args.out,
         steps=args.steps,
         guidance=args.guidance,
+        sampler=args.sampler,
         ema=not args.raw,
         batch_size=args.batch_size,
         device=args.device,

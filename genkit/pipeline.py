@@ -7,7 +7,7 @@ it does not know when it stands in its table of loadable classes; that table is 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
-from genkit import registry
+from genkit import config, registry
 from genkit.checkpoint import find_run
 from genkit.errors import GenkitError, UsageError
 from genkit.guidance import Guidance, guide
 from genkit.interfaces import OnStep
 from genkit.nn.layout import dense_layout
 from genkit.rng import Rng
+from genkit.weights import module_sha256
 
 pipeline_loading_utils.LOADABLE_CLASSES.setdefault("genkit", {})
 
@@ -91,6 +92,7 @@ class GeneratorPipeline(DiffusionPipeline):
         self.grid = tuple(grid)
         self.class_names = tuple(class_names)
         self.run_config = run_config
+        self._weak: dict[str, Any] = {}  # path -> a worse model, opened when first guided by
 
     @property
     def num_classes(self) -> int:
@@ -104,6 +106,7 @@ class GeneratorPipeline(DiffusionPipeline):
         *,
         steps: int | None = None,
         guidance: float | None = None,
+        sampler: Mapping[str, Any] | Sequence[str] = (),
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Samples by label and seed: the same pair gives the same image in any batch.
@@ -112,48 +115,87 @@ class GeneratorPipeline(DiffusionPipeline):
             labels: [B] int64, -1 = no class.
             seeds: one per sample.
             steps, guidance: instead of the sampler's own; guidance 1 = off.
+            sampler: changes of the recipe's section `sampler`: {"reuse": {"type": "skip_blocks"}}, or texts as on the command line, "type=euler".
 
         Returns: [B, C, Y, X] in [-1, 1].
         """
-        spec = {k: v for k, v in self.sampler.items() if not k.startswith("guidance")}
+        chosen = self.chosen_sampler(sampler)
+        spec = {k: v for k, v in chosen.items() if k not in config.Sampler.model_fields}
         if steps is not None:
             if steps < 1:
                 raise UsageError(f"steps={steps}: a sampler takes at least one step")
             if "num_steps" not in registry.options(registry.find("sampler", spec["type"])):
                 raise UsageError(f"steps={steps}: sampler {spec['type']} takes as many steps as its generator draws in")
             spec["num_steps"] = steps
-        sampler = registry.build("sampler", spec)
+        reuse: Any = registry.build("reuse", chosen["reuse"]) if chosen.get("reuse") else None
+        wraps = hasattr(reuse, "start")
+        draw = registry.build("sampler", spec, **({} if reuse is None or wraps else {"reuse": reuse}))
         objective = registry.build("objective", self.objective)
         if hasattr(objective, "bind"):
             objective.bind(self.tokenizer)
         labels = self.check_labels(labels)
         rng = Rng(list(seeds), device=self.device)
+        how = self.guidance(guidance, chosen)
+        weak = self.weak_backbone(chosen) if how.strength != 1 else None
         predict = guide(
             objective,
-            self.backbone,
+            reuse.start(self.backbone) if wraps else self.backbone,
             {"label": labels.to(self.device)},
             dense_layout(self.grid, device=self.device),
-            self.guidance(guidance),
+            how,
+            reuse.start(weak) if wraps and weak is not None else weak,
         )
         if objective.target == "ids":
             shape = getattr(predict, "shape", (self.tokenizer.num_levels, *self.grid))
             start = torch.full((len(labels), *shape), -1, device=self.device)
-            z = self.tokenizer.codes(sampler(predict, start, rng, on_step))
+            z = self.tokenizer.codes(draw(predict, start, rng, on_step))
         else:
             start = rng.fork("start").normal(self.tokenizer.channels, *self.grid)
-            z = sampler(predict, start, rng, on_step)
+            z = draw(predict, start, rng, on_step)
         return self.tokenizer.decode(z).clamp(-1, 1)
 
-    def guidance(self, strength: float | None = None) -> Guidance:
-        """The recipe's guidance, or this strength of it. Raises UsageError for guidance of a model without classes."""
+    def chosen_sampler(self, changes: Mapping[str, Any] | Sequence[str] = ()) -> dict[str, Any]:
+        """The recipe's section `sampler` with changes. Raises UsageError for what does not fit it, or the objective."""
+        if not changes:
+            return self.sampler
+        found = config.with_sampler(self.sampler, changes)
+        config.check_reuse(found, self.objective)
+        return found
+
+    def guidance(self, strength: float | None = None, sampler: Mapping[str, Any] | None = None) -> Guidance:
+        """The recipe's guidance, or this strength of it. Raises UsageError for guidance of a model without classes, unless there is a worse one."""
+        sampler = self.sampler if sampler is None else sampler
         # Pipelines saved before an option existed do not hold it.
-        own = {k.removeprefix("guidance_"): v for k, v in self.sampler.items() if k.startswith("guidance_")}
-        strength = self.sampler["guidance"] if strength is None else strength
-        if strength != 1 and not self.num_classes:
+        own = {k.removeprefix("guidance_"): v for k, v in sampler.items() if k.startswith("guidance_")}
+        has_weak = own.pop("weak", None) is not None
+        strength = sampler["guidance"] if strength is None else strength
+        if strength != 1 and not self.num_classes and not has_weak:
             raise UsageError(
-                f"guidance {strength:g} of a model that was trained without classes: there is nothing to guide towards; use 1"
+                f"guidance {strength:g} of a model that was trained without classes: there is nothing to guide towards; use 1, "
+                "or guide it away from a worse model with sampler.guidance_weak=RUN"
             )
         return Guidance(strength, **own | {"interval": tuple(own.get("interval", (0.0, 1.0)))})
+
+    def weak_backbone(self, sampler: Mapping[str, Any]) -> Any:
+        """The worse model of `guidance_weak`, or None. Raises UsageError for one of other latents, classes or noise."""
+        path = sampler.get("guidance_weak")
+        if path is None:
+            return None
+        if path not in self._weak:
+            weak = open_run(path, device=self.device)
+            if not isinstance(weak, GeneratorPipeline):
+                raise UsageError(f"sampler.guidance_weak={path} is a tokenizer; give the run of a worse generator")
+            for what, its, ours in (
+                ("number of classes", weak.num_classes, self.num_classes),
+                ("objective", _asked(weak.objective), _asked(self.objective)),
+                ("tokenizer", module_sha256(weak.tokenizer)[:8], module_sha256(self.tokenizer)[:8]),
+            ):
+                if its != ours:
+                    raise UsageError(
+                        f"sampler.guidance_weak={path} has another {what}, {its}, than this model, {ours}; give a worse model of the same kind"
+                    )
+            self._weak[path] = weak.backbone
+        return self._weak[path]
 
     def check_labels(self, labels: Tensor) -> Tensor:
         """Raises UsageError for a label that is no class of this model."""
@@ -170,6 +212,7 @@ class GeneratorPipeline(DiffusionPipeline):
         num_images: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        sampler: Mapping[str, Any] | Sequence[str] = (),
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -181,6 +224,7 @@ class GeneratorPipeline(DiffusionPipeline):
             class_labels: class numbers or names, one per image; None = every class in turn, or no class.
             num_images: how many; by default one per label.
             guidance_scale: 1 = off; None = the recipe's.
+            sampler: changes of the recipe's sampler, as in generate.
             generator: one generator, or one per image; None draws seeds at random.
             output_type: "pil", "np" or "pt".
             callback_on_step_end: called as f(pipeline, step, num_steps, {"state": tensor}).
@@ -194,7 +238,9 @@ class GeneratorPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 callback_on_step_end(self, step, total, {"state": state})
 
-        x = self.generate(labels, seeds, steps=num_inference_steps, guidance=guidance_scale, on_step=on_step)
+        x = self.generate(
+            labels, seeds, steps=num_inference_steps, guidance=guidance_scale, sampler=sampler, on_step=on_step
+        )
         from genkit.images import to_pil
 
         images = (
@@ -217,6 +263,12 @@ class GeneratorPipeline(DiffusionPipeline):
         if not chosen:
             raise UsageError("class_labels is empty; give at least one class number or name")
         return torch.tensor([chosen[i % len(chosen)] for i in range(count or len(chosen))], dtype=torch.int64)
+
+
+def _asked(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an objective says how a network is asked; how it was trained may differ."""
+    keys = ("type", "path", "towards", "prediction", "schedule", "num_times", "sigma_data")
+    return {key: objective[key] for key in keys if key in objective}
 
 
 def class_number(label: int | str, names: Sequence[str]) -> int:

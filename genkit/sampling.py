@@ -52,6 +52,7 @@ def sample(
     out: str | Path | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    sampler: Sequence[str] = (),
     ema: bool = True,
     batch_size: int = 64,
     device: str | None = None,
@@ -64,6 +65,7 @@ def sample(
     Args:
         count: how many; by default one per label.
         labels: see `parse_labels`.
+        sampler: changes of the recipe's section `sampler`: "type=euler", "reuse.type=skip_blocks".
         out: folder; by default RUN/samples/seed-SEED.
 
     Returns: images, out, grid, json (paths) and seconds.
@@ -89,7 +91,7 @@ def sample(
         "run": str(run),
         "checkpoint": pipeline.folder.parent.name,
         "weights": pipeline.weights_variant,
-        "sampler": pipeline.sampler
+        "sampler": pipeline.chosen_sampler(sampler)
         | ({} if steps is None else {"num_steps": steps})
         | ({} if guidance is None else {"guidance": guidance}),
     }
@@ -107,7 +109,11 @@ def sample(
     for first in range(0, len(todo), batch_size):
         part = todo[first : first + batch_size]
         x = pipeline.generate(
-            torch.tensor([all_labels[i] for i in part]), [seeds[i] for i in part], steps=steps, guidance=guidance
+            torch.tensor([all_labels[i] for i in part]),
+            [seeds[i] for i in part],
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
         )
         for i, picture in zip(part, images.to_pil(x), strict=True):
             images.write_png(folder / names[i], picture)
