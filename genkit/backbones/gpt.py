@@ -7,7 +7,7 @@ and second half of their channels in rotations (genkit.nn.rope), which an import
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout
+from genkit.nn.causal_block import causal, init_normal
 from genkit.nn.drop_path import DropPath
 from genkit.nn.dropout import Dropout
 from genkit.nn.embed import IdEmbedding, LabelEmbedding
@@ -164,21 +165,3 @@ class GPT(ModelMixin, ConfigMixin):
     def step_counts(self, grid: tuple[int, ...]) -> list[int]:
         """How many ids each step of sampling draws."""
         return [1] * torch.Size(grid).numel()
-
-
-def causal(mixer: Any, layer: int) -> Any:
-    """The mixer. Raises UsageError for one that sees ahead."""
-    if not mixer.is_causal:
-        word = type(mixer).__module__.rpartition(".")[2]
-        raise UsageError(
-            f"backbone.mixer of layer {layer}: {word} sees tokens that are not drawn yet; set is_causal: true, or take a causal mixer"
-        )
-    return mixer
-
-
-def init_normal(module: nn.Module) -> None:
-    """Every linear map and table N(0, 0.02), as published."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

@@ -56,6 +56,7 @@ class VAR(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    undecayed = ("start", "position")  # as published
 
     @register_to_config
     def __init__(

@@ -35,6 +35,7 @@ class ScaleAttention(nn.Module):
     is_causal = False  # tokens of one scale see each other
     needs_grid = False
     is_resolution_free = True
+    undecayed = ("log_scale",)  # as published
 
     def __init__(self, *, dim: int, layer: int, num_heads: int = 4, cosine: bool = True):
         super().__init__()
