@@ -35,6 +35,7 @@ from tests.golden_masked import run_mar, run_maskgit_imagebert, run_maskgit_uvit
 from tests.golden_mixers import run_vssd  # noqa: F401
 from tests.golden_octree import run_octformer, run_octgpt, run_octree  # noqa: F401
 from tests.golden_quantisers import run_fsq, run_lfq, run_rvq  # noqa: F401
+from tests.golden_rettention import run_rettention  # noqa: F401
 from tests.golden_structured import run_dqvae, run_titok, run_var_vqvae  # noqa: F401
 from tests.golden_vqgan import run_llamagen_vq, run_maskgit_vqgan, run_taming_vqgan  # noqa: F401
 

@@ -15,7 +15,8 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in pa
 # Bottom to top: a folder may import itself and what stands on a line above it, never what stands beside or below it.
 LAYERS = (
     ("kernels",),
-    ("nn", "octree"),
+    ("octree", "meshes"),
+    ("nn",),
     ("mixers",),
     ("backbones", "tokenizers"),
     ("samplers", "reuse", "data"),

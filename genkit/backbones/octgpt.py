@@ -1,0 +1,271 @@
+"""OctGPT: octrees depth by depth, each depth by unmasking (Wei et al., "OctGPT: Octree-based Multiscale Autoregressive Models", SIGGRAPH 2025).
+
+An encoder sees the known tokens, a decoder all of them. `octree-nn/octgpt models/octgpt.py` with all its options; positions are counted for any
+`max_depth` (there 6), and windows may begin anew with every sample, so that a shape does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from genkit.errors import UsageError
+from genkit.interfaces import Cond
+from genkit.nn.norm import RMSNorm
+from genkit.nn.octree_windows import Kept, OctreeStack, Places, in_front, places_of
+from genkit.octree.octree import Octree
+from genkit.octree.tokens import OctreeTokens
+
+
+class OctGPT(ModelMixin, ConfigMixin):
+    """Tokens with holes -> logits of every token.
+
+    Args:
+        bits: of a code; follows from the tokenizer.
+        full_depth: of the first split bits.
+        code_depth: of the codes.
+        max_depth: positions are counted in halves of this depth's nodes; None = code_depth.
+        num_scales: rows of the scale embedding; None = one per depth from full_depth to code_depth.
+        num_classes: classes that cond["label"] counts; 0 = unconditional.
+        dim: D; a head's width must be divisible by 6.
+        depth: blocks, half of them in the encoder.
+        window: tokens that attend to each other.
+        dilation: of every second block.
+        buffer: tokens in front of a shape that hold its condition.
+        norm: "layer" or "rms".
+        positions: "waves" or "table".
+        dropout: on the branches.
+        has_shift: blocks 2 and 3 of every four move their windows by half.
+        has_null: a row of the class table for "no class", which guidance needs; the released models have none.
+        is_aligned: windows begin anew with every sample.
+        context_dim: width of cond["context"] [B, L, context_dim], tokens of a text or an image; None = there are none.
+        context: how they come in: "concat" in the buffer, "cross" by attention in every second block as well.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        bits: int,
+        full_depth: int,
+        code_depth: int,
+        max_depth: int | None = None,
+        num_scales: int | None = None,
+        num_classes: int = 0,
+        dim: int = 768,
+        depth: int = 24,
+        num_heads: int = 8,
+        window: int = 1024,
+        dilation: int = 4,
+        buffer: int = 64,
+        norm: Literal["layer", "rms"] = "layer",
+        positions: Literal["waves", "table"] = "waves",
+        dropout: float = 0.1,
+        has_shift: bool = True,
+        has_null: bool = True,
+        is_aligned: bool = True,
+        context_dim: int | None = None,
+        context: Literal["concat", "cross"] = "concat",
+    ):
+        super().__init__()
+        if dim % num_heads or dim // num_heads % 6:
+            raise UsageError(
+                f"backbone.dim={dim} over num_heads={num_heads}: a head's width must be whole and divisible by 6"
+            )
+        if depth < 2 or depth % 2:
+            raise UsageError(f"backbone.depth={depth} must be even: half of the blocks are the encoder's")
+        max_depth = code_depth if max_depth is None else max_depth
+        if not full_depth <= code_depth <= max_depth:
+            raise UsageError(f"full_depth {full_depth}, code_depth {code_depth} and max_depth {max_depth} must rise")
+        if num_scales is not None and num_scales <= code_depth - full_depth:
+            raise UsageError(f"num_scales={num_scales} are too few for the depths {full_depth}..{code_depth}")
+        self.bits, self.full_depth, self.code_depth, self.max_depth = bits, full_depth, code_depth, max_depth
+        self.num_classes, self.buffer, self.is_aligned = num_classes, buffer, is_aligned
+        self.split = nn.Embedding(2, dim)
+        self.label = nn.Embedding(max(1, num_classes + has_null * bool(num_classes)), dim)
+        self.has_null = has_null or not num_classes
+        self.code = nn.Linear(bits, dim)
+        self.attends_to_context = context == "cross"
+        self.mask = self.context_norm = self.context_proj = None
+        if context_dim is not None:
+            self.mask = nn.Parameter(torch.empty(1, dim))
+            self.context_norm = nn.LayerNorm(context_dim) if norm == "layer" else RMSNorm(context_dim)
+            self.context_proj = nn.Linear(context_dim, dim)
+
+        def stack() -> OctreeStack:
+            return OctreeStack(
+                depth=depth // 2,
+                dim=dim,
+                num_heads=num_heads,
+                window=window,
+                dilation=dilation,
+                has_shift=has_shift,
+                norm=norm,
+                positions=positions,
+                num_places=2 ** (max_depth + 1),
+                num_depths=num_scales or code_depth - full_depth + 1,
+                dropout=dropout,
+                context_dim=context_dim if context == "cross" else None,
+            )
+
+        self.encoder, self.decoder = stack(), stack()
+        self.split_head = nn.Linear(dim, 2)
+        self.code_head = nn.Linear(dim, 2 * bits)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Linear layers and tables from N(0, 0.02), as in the official code; the attention to a condition keeps torch's."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if self.mask is not None:
+            nn.init.normal_(self.mask, std=0.02)
+
+    def forward(self, tokens: OctreeTokens, known: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Logits of the split bits [S, 2] and of the bits of the codes [M, bits, 2].
+
+        Args:
+            tokens: values where known; elsewhere they are ignored.
+            known: [S + M] bool.
+        """
+        octree = tokens.octree
+        x = torch.cat([self.embed_splits(tokens.splits), self.embed_codes(tokens.codes)])
+        places = self.places(octree, range(octree.full_depth, octree.depth + 1))
+        y = self.decode_all(x, places, known, cond)
+        return self.split_logits(y[: len(tokens.splits)]), self.code_logits(y[len(tokens.splits) :])
+
+    def decode_all(self, x: Tensor, places: Places, known: Tensor, cond: Cond) -> Tensor:
+        """Embedded tokens [T, D], those that are not known replaced by the mask -> features [T, D], in one go."""
+        front, context = self.condition(cond, places.batch_size)
+        ahead = in_front(self.buffer, places)
+        x = torch.cat([front, torch.where(known[:, None], x, self.masked(cond, places))])
+        everywhere = ahead.followed_by(places)
+        visible = torch.cat([known.new_ones(len(front)), known]).nonzero().squeeze(1)
+        seen = self.encoder(x.index_select(0, visible), everywhere.select(visible), context)
+        x = x.index_copy(0, visible, seen.to(x.dtype))
+        return self.decoder(x, everywhere, context)[len(front) :]
+
+    def places(self, octree: Octree, depths: range) -> Places:
+        return places_of(
+            octree, depths, max_depth=self.max_depth, first_depth=self.full_depth, is_aligned=self.is_aligned
+        )
+
+    def embed_splits(self, splits: Tensor) -> Tensor:
+        """[S] -> [S, D]; what is below 0 counts as 0 and is to be masked."""
+        return self.split(splits.clamp_min(0))
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """[M, bits] of 0 and 1 -> [M, D]; the code is a vector of length 1."""
+        return self.code((codes.to(self.code.weight.dtype) * 2 - 1) * self.bits**-0.5)
+
+    def split_logits(self, y: Tensor) -> Tensor:
+        return self.split_head(y)
+
+    def code_logits(self, y: Tensor) -> Tensor:
+        return self.code_head(y).unflatten(1, (self.bits, 2))
+
+    def labels(self, cond: Cond, batch_size: int) -> Tensor:
+        """Rows of the class table; -1 is the last one where there is a row for it."""
+        label = cond.get("label")
+        device = self.label.weight.device
+        if label is None or not self.num_classes:
+            label = torch.full((batch_size,), -1 if self.num_classes else 0, device=device)
+        if not self.has_null and (label < 0).any():
+            raise UsageError(
+                "this model was trained without a class for 'any'; give each sample a class, and guidance 1"
+            )
+        return torch.where(label < 0, len(self.label.weight) - 1, label)
+
+    def condition(self, cond: Cond, batch_size: int) -> tuple[Tensor, Tensor | None]:
+        """(tokens in front of all shapes [B buffer, D], what blocks attend to [B, L, C] or None)."""
+        if self.context_proj is None:
+            return self.label(self.labels(cond, batch_size)).repeat_interleave(self.buffer, 0), None
+        if "context" not in cond:
+            raise UsageError(
+                "this model is conditioned on the tokens of a text or an image: cond['context'] is missing"
+            )
+        context = cond["context"]
+        assert self.context_norm is not None
+        front = self.context_proj(self.context_norm(context))  # [B, L, D]
+        if front.shape[1] > self.buffer:
+            raise UsageError(f"{front.shape[1]} tokens of the condition do not fit a buffer of {self.buffer}")
+        front = nn.functional.pad(front, (0, 0, 0, self.buffer - front.shape[1]))
+        return front.flatten(0, 1), context if self.attends_to_context else None
+
+    def masked(self, cond: Cond, places: Places) -> Tensor:
+        """[T, D]: what stands for an unknown token, the class of its shape or a vector of its own."""
+        if self.mask is not None:
+            return self.mask.expand(len(places), -1)
+        return self.label(self.labels(cond, places.batch_size))[places.samples]
+
+
+class Growing:
+    """A batch of shapes while they are made: what has been finished is kept in the form of keys and values, and never computed again.
+
+    The finished tokens of a shape precede the current depth and see nothing of it; with aligned windows they therefore keep their values exactly. The tokens
+    that hold the condition count as of the first depth, see it, and are finished with it.
+
+    Args:
+        model: with is_aligned.
+        cond: of B shapes.
+        octree: down to the first depth.
+    """
+
+    def __init__(self, model: OctGPT, cond: Cond, octree: Octree):
+        if not model.is_aligned:
+            raise UsageError(
+                "windows that run on through a batch change with every token: set backbone.is_aligned=true"
+            )
+        self.model, self.cond = model, cond
+        self.encoded: Kept = {}
+        self.decoded: Kept = {}
+        self.done: Places | None = None
+        self.front, self.context = model.condition(cond, octree.batch_size)
+        self.at(octree)
+
+    def at(self, octree: Octree) -> None:
+        """Turn to the finest depth of an octree."""
+        nodes = self.model.places(octree, range(octree.depth, octree.depth + 1))
+        self.nodes = nodes
+        self.current = in_front(self.model.buffer, nodes).followed_by(nodes) if self.done is None else nodes
+        self.current.before = self.done
+        self.is_code = octree.depth == self.model.code_depth
+
+    def logits(self, values: Tensor, known: Tensor) -> Tensor:
+        """Of the current depth: values [n] or [n, bits], known [n] -> [n, 2] or [n, bits, 2]."""
+        model = self.model
+        x = self._behind_front(torch.where(known[:, None], self._embed(values), model.masked(self.cond, self.nodes)))
+        visible = torch.cat([known.new_ones(len(x) - len(known)), known]).nonzero().squeeze(1)
+        if len(visible):
+            chosen = self.current.select(visible)
+            seen = model.encoder(x.index_select(0, visible), chosen, self.context, dict(self.encoded))
+            x = x.index_copy(0, visible, seen)
+        y = model.decoder(x, self.current, self.context, dict(self.decoded))[len(x) - len(known) :]
+        return model.code_logits(y) if self.is_code else model.split_logits(y)
+
+    def finish(self, values: Tensor) -> None:
+        """The values of the current depth are final: keep what later depths need of them."""
+        x = self._behind_front(self._embed(values))
+        seen = self.model.encoder(x, self.current, self.context, self.encoded)
+        self.model.decoder(seen, self.current, self.context, self.decoded)
+        for kept in (self.encoded, self.decoded):
+            for layer in [-1 - name for name in kept if name < 0]:
+                k, v = kept.pop(-1 - layer)
+                if layer in kept:
+                    k, v = torch.cat([kept[layer][0], k]), torch.cat([kept[layer][1], v])
+                kept[layer] = (k, v)
+        self.done = self.current if self.done is None else self.done.followed_by(self.current)
+
+    def _embed(self, values: Tensor) -> Tensor:
+        return self.model.embed_codes(values) if self.is_code else self.model.embed_splits(values)
+
+    def _behind_front(self, x: Tensor) -> Tensor:
+        return torch.cat([self.front, x]) if self.done is None else x
