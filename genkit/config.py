@@ -81,6 +81,12 @@ class Sampler(_Section):
         "constant",
         description="linear, cosine: from 1 to guidance with the fraction already known, or with the noise removed",
     )
+    guidance_power: float = Field(
+        1.0, gt=0, description="of linear and cosine: that fraction to this power, so that guidance comes later"
+    )
+    guidance_over: Literal["known", "steps"] = Field(
+        "known", description="of masked generators: the fraction is that of known tokens, or of the steps done"
+    )
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0), description="of latents: guided only while t, 0 = data and 1 = noise, is in it"
     )

@@ -14,8 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from genkit.interfaces import Cache, Cond, Layout, Predict, PredictIds, PredictNext
+from genkit.errors import UsageError
+from genkit.interfaces import Cache, Cond, Layout, Predict, PredictIds, PredictNext, PredictTokens
+from genkit.nn.context import context_of
 from genkit.nn.paths import Predictor
+from genkit.nn.token_head import TokenPredictor
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -31,24 +34,29 @@ class Guidance:
         interval: latents are guided only while t is in it (Kynkaanniemi et al., 2024); outside, the second half is not computed. Ids that are drawn in
             sequence: the same, t falling from 1 at the first step to 0 at the last (as LlamaGen's interval).
         channels: of latents, only the first so many are guided; None = all.
+        power: of the fraction f in "linear" and "cosine", f^power (as MDT, 2023, and TiTok's larger generators).
+        over: of masked generators, what f is: the fraction "known", or of the "steps" that are done (as TiTok's generators).
     """
 
     strength: float = 1.0
     schedule: Schedule = "constant"
     interval: tuple[float, float] = (0.0, 1.0)
     channels: int | None = None
+    power: float = 1.0
+    over: Literal["known", "steps"] = "known"
 
     def at(self, fraction: Tensor) -> Tensor:
         """The strength when this fraction [...] in [0, 1] is known."""
         if self.schedule == "constant":
             return torch.full_like(fraction, self.strength)
+        fraction = fraction**self.power
         grown = fraction if self.schedule == "linear" else (1 - torch.cos(math.pi * fraction)) / 2
         return 1 + (self.strength - 1) * grown
 
 
 def guide(
     objective: Any, model: Any, cond: Cond, layout: Layout, guidance: Guidance, weak: Any = None
-) -> Predict | PredictIds | PredictNext:
+) -> Predict | PredictIds | PredictNext | PredictTokens:
     """What the sampler of this objective may call, guided.
 
     Args:
@@ -58,6 +66,8 @@ def guide(
         return objective.predictor(model, cond, layout)
     is_autoregressive = getattr(objective, "is_autoregressive", False)
     wrap: Any = GuidedNext if is_autoregressive else guide_ids if objective.target == "ids" else guide_latents
+    if getattr(objective, "draws_tokens", False):
+        wrap = guide_tokens
     return wrap(objective, model, cond, layout, guidance, weak)
 
 
@@ -71,18 +81,81 @@ def guide_ids(
     else:
         predict_both: Any = objective.predictor(model, _and_null(cond), _twice(layout))
 
+    # What predictors of ids return may be more than a tensor of logits: see objectives/resgen.py.
+    lerp: Any = getattr(objective, "lerp", torch.lerp)
+
     def predict(ids: Tensor, known: Tensor, cache: Cache | None = None) -> Tensor:
         if weak is not None:
-            logits, null = strong(ids, known, cache), poor(ids, known, None)
+            logits, null = strong(ids, known, cache), poor(ids, known, _twin(cache))
         else:
             both = predict_both(torch.cat([ids, ids]), torch.cat([known, known]), cache)
             logits, null = both.chunk(2)
         if guidance.schedule == "constant":
-            return torch.lerp(null, logits, guidance.strength)
-        weight = guidance.at(known.flatten(1).float().mean(1))  # [B]
-        return torch.lerp(null, logits, weight.to(logits.dtype).view(-1, *[1] * (logits.ndim - 1)))
+            return lerp(null, logits, guidance.strength)
+        weight = guidance.at(_done(guidance, cache, known))  # [B]
+        return lerp(null, logits, weight.float().view(-1, *[1] * (logits.ndim - 1)))
 
     return predict
+
+
+def _done(guidance: Guidance, cache: Cache | None, known: Tensor) -> Tensor:
+    """[B], how much of each sample is known, or of the steps done: what a sampler says in the cache, else what can be seen."""
+    if guidance.over == "steps":
+        if cache is None or "steps" not in cache:
+            raise UsageError("sampler.guidance_over=steps: this sampler does not count its steps; use known")
+        step, num_steps = cache["steps"]
+        return torch.full((len(known),), step / num_steps, device=known.device)
+    if cache is not None and "known" in cache:
+        return cache["known"]
+    return known.flatten(1).float().mean(1)
+
+
+def _twin(cache: Cache | None) -> Cache | None:
+    """The cache of another network that is asked about the same tokens."""
+    context = context_of(cache)
+    return None if cache is None or context is None else {**cache, "context": context.twin()}
+
+
+def guide_tokens(
+    objective: Any, model: Any, cond: Cond, layout: Layout, guidance: Guidance, weak: Any = None
+) -> PredictTokens:
+    """(tokens [B, N, W], known, cache) -> what draws them, guided: each token's noise by that of the same token without a label. Variances are those under
+    the condition."""
+    if guidance.channels is not None:
+        raise UsageError("sampler.guidance_channels: tokens are guided as a whole; remove it")
+    if weak is not None:
+        strong, poor = objective.predictor(model, cond, layout), objective.predictor(weak, cond, layout)
+    else:
+        both: Any = objective.predictor(model, _and_null(cond), _twice(layout))
+
+    def predict(tokens: Tensor, known: Tensor, cache: Cache | None = None) -> Any:
+        if weak is not None:
+            heads = strong(tokens, known, cache), poor(tokens, known, _twin(cache))
+        else:
+            head = both(torch.cat([tokens, tokens]), torch.cat([known, known]), cache)
+
+        def at(slots: Tensor, fraction: Tensor) -> Predict:
+            if guidance.over == "steps":
+                fraction = _done(guidance, cache, known)
+            own = [h(slots, fraction) for h in heads] if weak is not None else [head(slots.repeat(2, 1), fraction)]
+
+            def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+                if weak is not None:
+                    full, null = (one(x_t, t) for one in own)
+                else:
+                    halves = [part.chunk(2) for part in own[0](torch.cat([x_t, x_t]), t)]
+                    full, null = tuple(half[0] for half in halves), tuple(half[1] for half in halves)
+                low, high = guidance.interval
+                weight = guidance.at(fraction) if low <= float(t) <= high else torch.ones_like(fraction)
+                weight = weight.to(x_t.dtype).view(-1, 1, 1)
+                return (*(torch.lerp(n, f, weight) for n, f in zip(null[:2], full[:2], strict=True)), *full[2:])
+
+            return Predictor(own[0].path, denoise)
+
+        return at
+
+    plain = strong if weak is not None else both
+    return TokenPredictor(predict, plain.split, plain.join)
 
 
 class GuidedNext:

@@ -47,7 +47,19 @@ class Predict(Protocol):
 
 
 # (ids [B, Q, *grid], known [B, Q, *grid] bool, cache) -> logits [B, Q, *grid, S]. Where known is False the value of ids is ignored.
+# A cache may say under "steps" (step from 0, number of steps) and under "known" [B] which fraction of each sample is known where only a part is passed.
 PredictIds = Callable[["Tensor", "Tensor", "Cache | None"], "Tensor"]
+
+
+class PredictTokens(Protocol):
+    """(tokens [B, N, W], known [B, N] bool, cache) -> a function that draws some of them: (slots [B, n] int64, fraction known [B]) -> Predict on
+    [B, n, W]. Continuous tokens have no logits; a network denoises each by itself."""
+
+    def split(self, z: Tensor) -> Tensor: ...  # latents [B, C, *grid] -> tokens
+    def join(self, tokens: Tensor) -> Tensor: ...  # and back
+    def __call__(
+        self, tokens: Tensor, known: Tensor, cache: Cache | None = None
+    ) -> Callable[[Tensor, Tensor], Predict]: ...
 
 
 class PredictNext(Protocol):

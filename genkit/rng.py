@@ -114,10 +114,17 @@ class Rng:
         """[B, count] int64: a random permutation per sample."""
         return self.words(count).argsort(dim=1, stable=True)
 
-    def categorical(self, logits: Tensor) -> Tensor:
-        """[B, *grid] int64 drawn from softmax(logits [B, *grid, S]) by inverting the cumulative sum: one number per token."""
-        cumulative = logits.softmax(-1, dtype=torch.float32).cumsum(-1)
-        # u < 1 leaves room below the total, so that together with right=True no class of probability zero is ever drawn.
-        u = self.uniform(*logits.shape[1:-1]).to(logits.device).unsqueeze(-1) * cumulative[..., -1:]
-        drawn = torch.searchsorted(cumulative, u.contiguous(), right=True).squeeze(-1)
-        return drawn.clamp_max(logits.shape[-1] - 1)
+    def categorical(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """[B, *grid] int64 drawn from softmax(logits [B, *grid, S] / temperature): one number per token; 0 = the likeliest."""
+        u = self.uniform(*logits.shape[1:-1])
+        return pick(logits, u.to(logits.device), temperature)
+
+
+def pick(logits: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
+    """[...] int64 from softmax(logits [..., S] / temperature) by inverting the cumulative sum at u [...] in [0, 1); of temperature 0 the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = (logits if temperature == 1 else logits / temperature).softmax(-1, dtype=torch.float32).cumsum(-1)
+    # u < 1 leaves room below the total, so that together with right=True no class of probability zero is ever drawn.
+    at = u.unsqueeze(-1) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, at.contiguous(), right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)

@@ -15,10 +15,9 @@ from genkit.guidance import Guidance, guide
 from genkit.interfaces import Layout
 from genkit.nn.layout import dense_layout
 from genkit.objectives.masked import Masked as Objective
-from genkit.objectives.masked import gamma as training_gamma
 from genkit.rng import Rng
 from genkit.samplers.masked import Masked as Sampler
-from genkit.samplers.masked import gamma as sampling_gamma
+from genkit.samplers.unmasking import gamma
 
 S = 11
 
@@ -139,21 +138,48 @@ def test_model_survives_saving(tmp_path):
 # Objective
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "arccos"])
-def test_schedules_fall_from_one_to_zero_and_sampler_and_objective_agree(schedule):
-    r = torch.linspace(0, 1, 33)
-    masked = training_gamma(r, schedule)
-    assert masked[0] == 1
+SCHEDULES = ["cosine", "arccos", "linear", "square", "cubic", "sqrt", "pow2.5", "log", "exp"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_fall_from_one_to_zero(schedule):
+    r = torch.linspace(0, 1, 33, dtype=torch.float64)
+    masked = gamma(r, schedule, 64)
+    assert abs(float(masked[0]) - 1) < (0.02 if schedule == "exp" else 1e-9)  # 1 - 1 / 64: a token is left over
     assert masked[-1].abs() < 1e-6
-    assert (masked.diff() < 0).all()
-    torch.testing.assert_close(masked, torch.tensor([sampling_gamma(float(x), schedule) for x in r]), atol=1e-6, rtol=0)
+    assert (masked.diff() <= 0).all()
+    assert (masked.diff()[2:] < 0).all() or schedule == "exp"
+
+
+def test_schedules_are_those_of_the_paper():
+    """Values of google-research/maskgit libml/mask_schedule.py at r = 1/4 of 64 tokens."""
+    r = torch.tensor(0.25, dtype=torch.float64)
+    expected = {
+        "cosine": 0.9238795325,
+        "linear": 0.75,
+        "square": 0.9375,
+        "cubic": 0.984375,
+        "sqrt": 0.5,
+        "pow2.5": 0.96875,
+        "log": 1 / 3,
+        "exp": 1 - 64**-0.75,
+        "arccos": 2 / math.pi * math.acos(0.25),
+    }
+    assert {name: float(gamma(r, name, 64)) for name in SCHEDULES} == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["coisne", "pow", "pow0", "pow-1"])
+def test_unknown_schedules_are_refused(schedule):
+    for part, key in ((Sampler, "sampler.schedule"), (Objective, "objective.schedule")):
+        with pytest.raises(UsageError, match=f"{key}={schedule} is not a schedule; known: cosine"):
+            part(schedule=schedule)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "arccos"])
 def test_masked_counts_follow_the_schedule(schedule):
     rng = Rng.at(0, 0, 3000)
     counts = Objective(schedule=schedule).draw_mask(40, None, rng).sum(1)
-    expected = (training_gamma(rng.fork("ratio").uniform(), schedule) * 40).ceil().clamp_min(1).long()
+    expected = (gamma(rng.fork("ratio").uniform(), schedule) * 40).ceil().clamp_min(1).long()
     assert torch.equal(counts, expected)
     assert counts.min() >= 1
 
@@ -245,7 +271,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "arccos"])
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 12, 30])
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 12])
 @pytest.mark.parametrize("num_levels", [1, 3])
 def test_known_ids_never_change_and_counts_follow_the_schedule(schedule, num_steps, num_levels):
     predict = Recorder(table(4, num_levels))
@@ -258,8 +284,7 @@ def test_known_ids_never_change_and_counts_follow_the_schedule(schedule, num_ste
     assert left[-1] == 0
     revealed = [a - b for a, b in itertools.pairwise(left)]
     assert sum(revealed) == 12
-    if num_steps <= 12:
-        assert min(revealed) >= 1
+    assert min(revealed) >= 1
     for (ids, known), count in zip(predict.seen, left, strict=False):
         assert ((~known).flatten(2).sum(2) == count).all()
         assert torch.equal(ids[known], out[known])
@@ -346,12 +371,19 @@ def test_on_step_sees_every_step_and_the_holes():
     [
         ({"num_steps": 0}, "sampler.num_steps=0"),
         ({"temperature": -1.0}, "sampler.temperature=-1.0"),
-        ({"softmax_temperature": 0.0}, "sampler.softmax_temperature=0.0"),
+        ({"softmax_temperature": -0.1}, "sampler.softmax_temperature=-0.1"),
+        ({"softmax_end": -0.1}, "sampler.softmax_end=-0.1"),
+        ({"softmax_power": 0.0}, "sampler.softmax_power=0.0"),
     ],
 )
 def test_sampler_refuses_wrong_options(options, message):
     with pytest.raises(UsageError, match=message):
         Sampler(**options)
+
+
+def test_more_steps_than_tokens_are_refused():
+    with pytest.raises(UsageError, match="sampler.num_steps=13, but a sample has 12 tokens"):
+        Sampler(num_steps=13)(Recorder(table(2)), torch.full((2, 1, 3, 4), -1), Rng.at(0, 0, 2))
 
 
 def test_start_with_ids_outside_the_codebook_is_refused():

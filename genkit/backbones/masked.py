@@ -15,7 +15,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from genkit.errors import UsageError
-from genkit.interfaces import Cache, Cond, Layout
+from genkit.interfaces import ATTEND, Cache, Cond, Layout
+from genkit.nn.context import check_keeps_context, context_of
 from genkit.nn.dropout import Dropout
 from genkit.nn.embed import IdEmbedding, LabelEmbedding, PositionEmbedding, SincosPositions
 from genkit.nn.mlp import MLP
@@ -123,14 +124,22 @@ class Masked(ModelMixin, ConfigMixin):
             t: not used; how much is masked is visible in x.
             cond: "label" [B] int64, -1 = null class.
             layout: coords of the N = prod(grid) tokens.
+            cache: handed to the mixers; with a context, of a full pass or a light one over ids [B, Q, n] (genkit/nn/context.py).
             positions: [P] int64, numbers of tokens in the flattened batch [B * N]. The last MLP and the head then run
             on these alone.
 
         Returns: [B, Q, *grid, S], or [P, Q, S] where positions are given.
-        Raises: UsageError when learned positions do not fit layout.grid.
+        Raises: UsageError when learned positions do not fit layout.grid, or for a context where tokens meet otherwise than by attention.
         """
         B, Q, *grid = x.shape
-        h = self.embed(x) + self.position(layout)  # [B, N, D]
+        if (context := context_of(cache)) is None:
+            h = self.embed(x) + self.position(layout)  # [B, N, D]
+        else:
+            check_keeps_context(self.blocks)
+            places = context.per_token("positions", lambda: self.position(layout), B)
+            h = self.embed(x) + places
+            context.enter(0, context.table("num_tokens", lambda: h.shape[1]), B)
+            cache = {ATTEND: context.attend}
         c = nn.functional.silu(self.label(cond, B))  # [B, D]
         for i, block in enumerate(self.blocks):
             chosen = positions if i == len(self.blocks) - 1 else None

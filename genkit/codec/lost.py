@@ -32,7 +32,7 @@ class _Likeliest(Rng):
     def fork(self, word: str) -> _Likeliest:
         return self
 
-    def categorical(self, logits: Tensor) -> Tensor:
+    def categorical(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
         return logits.argmax(-1)
 
 

@@ -26,8 +26,6 @@ class SelfAttention(nn.Module):
         qkv_bias: whether queries, keys and values have biases; the projection behind always has.
     """
 
-    keeps_context = True
-
     def __init__(self, *, dim: int, layer: int, num_heads: int, qkv_bias: bool = True):
         super().__init__()
         if num_heads < 1 or dim % num_heads:

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from genkit.errors import UsageError
-from genkit.interfaces import Cache, Layout
+from genkit.interfaces import ATTEND, Cache, Layout
 
 
 class Context:
@@ -42,7 +43,7 @@ class Context:
         self._tables: dict[str, Any] = {}
         self._rows: Tensor | None = None
         self._valid: Tensor | None = None
-        self._size = 0
+        self._size = self._calls = 0
         self._twin: Context | None = None
 
     @property
@@ -112,7 +113,7 @@ class Context:
             valid: [B, kept rows] bool: False = no key. None = all are.
             size: kept rows, where there are more of them than tokens in the full pass.
         """
-        self._rows, self._valid, self._size = rows, valid, size
+        self._rows, self._valid, self._size, self._calls = rows, valid, size, 0
 
     def update(self, key: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(keys, values, valid [B, rows] or None) that the queries of this layer attend to, given fresh ones [B, H, n, K]."""
@@ -125,6 +126,13 @@ class Context:
             self._kept[key] = keys, values
         index = self._rows[:, None, :, None].expand_as(k)
         return keys.scatter_(2, index, k.to(keys.dtype)), values.scatter_(2, index, v.to(values.dtype)), self._valid
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...] | None, valid: Tensor | None) -> Tensor:
+        """What attention of the mixers asks in place of itself (genkit/nn/attend.py): layers count in the order of their calls."""
+        k, v, valid = self.update(("call", self._calls), k, v)
+        self._calls += 1
+        mask = None if valid is None else valid[:, None, None, :]
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     def kept(self, key: Any) -> tuple[Tensor, Tensor]:
         """(keys, values) [B, H, rows, K] of a layer."""
@@ -147,11 +155,11 @@ def rows_of(values: Tensor, rows: Tensor) -> Tensor:
     return values.gather(1, index)
 
 
-def check_keeps_context(mixers: Iterable[nn.Module]) -> None:
+def check_keeps_context(blocks: Iterable[Any]) -> None:
     """Raises UsageError for a mixer that computes all tokens or none: context can be reused where tokens meet by attention alone."""
-    for mixer in mixers:
-        if not getattr(mixer, "keeps_context", False):
+    for block in blocks:
+        if ATTEND not in getattr(block.mixer, "heeds", ()):
             raise UsageError(
-                f"sampler.reuse.type=recap needs attention in every layer, found {type(mixer).__name__}; "
+                f"sampler.reuse.type=recap needs attention in every layer, found {type(block.mixer).__name__}; "
                 "set sampler.reuse=null, or train with backbone.mixer.type=attention"
             )

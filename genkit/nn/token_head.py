@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
+from genkit.interfaces import Cache, Predict
 from genkit.nn.adaln import init_linears, init_zero
 from genkit.nn.norm import modulate
 from genkit.nn.timestep import TimeEmbedding
@@ -60,3 +64,17 @@ class TokenHead(nn.Module):
             h = block(h, c)
         shift, scale = self.modulation(c).chunk(2, dim=-1)
         return self.linear(modulate(h, shift, scale)).view(*shape, -1)
+
+
+@dataclass
+class TokenPredictor:
+    """A function that keeps to genkit.interfaces.PredictTokens, with the way from latents to tokens and back."""
+
+    function: Callable[[Tensor, Tensor, Cache | None], Callable[[Tensor, Tensor], Predict]]
+    split: Callable[[Tensor], Tensor]
+    join: Callable[[Tensor], Tensor]
+
+    def __call__(
+        self, tokens: Tensor, known: Tensor, cache: Cache | None = None
+    ) -> Callable[[Tensor, Tensor], Predict]:
+        return self.function(tokens, known, cache)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from torch.nn.functional import cross_entropy
 
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout, PredictIds
+from genkit.nn.context import context_of
+from genkit.objectives.masking import ranks, truncated_normal
 from genkit.rng import Rng
+from genkit.samplers.unmasking import check_schedule, gamma
 
 
 class Masked:
@@ -26,11 +29,12 @@ class Masked:
     The model must accept `positions` (see backbones/masked.py): logits are needed only where ids are masked.
 
     Args:
-        schedule: gamma, the masked fraction. "cosine" cos(pi r / 2), MaskGIT; "linear" 1 - r; "arccos"
-            2 / pi arccos(r), Halton-MaskGIT.
+        schedule: gamma, the masked fraction, see genkit.samplers.unmasking: "cosine" MaskGIT, "arccos" Halton-MaskGIT; or "normal": of r, the fraction
+            with mean `mean` and deviation `std` within [min_masked, 1], as MAGE (Li et al., CVPR 2023) with 0.55, 0.25 and 0.5.
         label_smoothing: of the cross-entropy.
         cond_drop: probability in [0, 1].
         min_masked: the smallest fraction that is masked, in [0, 1]; the released MaskGIT config uses 0.5, its paper 0.
+        dropped: this fraction of all tokens, masked ones, is not given to the encoder of a backbone that has one (mage); MAGE 0.5.
     """
 
     target = "ids"  # what of the data it learns
@@ -38,24 +42,49 @@ class Masked:
     def __init__(
         self,
         *,
-        schedule: Literal["cosine", "linear", "arccos"] = "cosine",
+        schedule: str = "cosine",
         label_smoothing: float = 0.1,
         cond_drop: float = 0.1,
         min_masked: float = 0.0,
+        mean: float = 0.55,
+        std: float = 0.25,
+        dropped: float = 0.0,
     ):
-        for name, value in (("label_smoothing", label_smoothing), ("cond_drop", cond_drop), ("min_masked", min_masked)):
+        for name, value in (
+            ("label_smoothing", label_smoothing),
+            ("cond_drop", cond_drop),
+            ("min_masked", min_masked),
+            ("dropped", dropped),
+        ):
             if not 0 <= value <= 1:
                 raise UsageError(f"objective.{name}={value} must be in [0, 1]")
+        if dropped > min_masked:
+            raise UsageError(
+                f"objective.dropped={dropped} must not be above objective.min_masked={min_masked}: only masked tokens are dropped"
+            )
+        if std <= 0:
+            raise UsageError(f"objective.std={std} must be positive")
+        if schedule != "normal":
+            check_schedule(schedule, "objective.schedule")
         self.schedule, self.label_smoothing = schedule, label_smoothing
+        self.mean, self.std, self.dropped = mean, std, dropped
         self.cond_drop, self.min_masked = cond_drop, min_masked
 
     def __call__(self, model: Any, target: Tensor, cond: Cond, layout: Layout, rng: Rng) -> dict[str, Tensor]:
         """{"nll": [B] nats per masked token, "_accuracy": [B]} for ids target [B, Q, *grid]."""
         B, Q, *grid = target.shape
-        masked = self.draw_mask(math.prod(grid), layout.valid, rng)  # [B, N]
+        rank, num_valid = ranks(rng.fork("mask").order(math.prod(grid)), layout.valid)  # [B, N]
+        masked = rank < self.count(num_valid, rng)
         x = torch.where(masked.unflatten(1, grid).unsqueeze(1), mask_id(model), target)
         positions = masked.flatten().nonzero().squeeze(1)  # [P]
-        logits = model(x, None, self.drop(cond, rng), layout, None, positions=positions).float()  # [P, Q, S]
+        options = {}
+        if self.dropped:
+            if not getattr(getattr(model, "module", model), "drops_tokens", False):
+                raise UsageError(
+                    f"objective.dropped={self.dropped} needs a backbone with an encoder, such as mage; set it to 0"
+                )
+            options["dropped"] = rank < math.ceil(self.dropped * masked.shape[1])
+        logits = model(x, None, self.drop(cond, rng), layout, None, positions=positions, **options).float()  # [P, Q, S]
 
         answers = target.flatten(2).transpose(1, 2).flatten(0, 1).index_select(0, positions)  # [P, Q]
         nll = cross_entropy(
@@ -72,15 +101,17 @@ class Masked:
 
     def draw_mask(self, num_tokens: int, valid: Tensor | None, rng: Rng) -> Tensor:
         """[B, N] bool, True = masked: exactly max(1, ceil(gamma(r) n)) of the n valid positions of each sample."""
-        fraction = gamma(rng.fork("ratio").uniform(), self.schedule).clamp_min(self.min_masked)  # [B]
-        rank = rng.fork("mask").order(num_tokens)  # [B, N], a random permutation
-        num_valid: int | Tensor = num_tokens
-        if valid is not None:
-            # Ranks anew with padding behind every valid position.
-            rank = torch.where(valid, rank, num_tokens).argsort(dim=1, stable=True).argsort(dim=1)
-            num_valid = valid.sum(1)
-        count = (fraction * num_valid).ceil().clamp_min(1)  # [B]
-        return rank < count.unsqueeze(1)
+        rank, num_valid = ranks(rng.fork("mask").order(num_tokens), valid)
+        return rank < self.count(num_valid, rng)
+
+    def count(self, num_valid: int | Tensor, rng: Rng) -> Tensor:
+        """How many positions of each sample are masked, [B, 1]."""
+        r = rng.fork("ratio").uniform()  # [B]
+        if self.schedule == "normal":
+            fraction = truncated_normal(r, self.mean, self.std, self.min_masked)
+        else:
+            fraction = gamma(r, self.schedule, num_valid).clamp_min(self.min_masked)
+        return (fraction * num_valid).ceil().clamp_min(1).unsqueeze(1)
 
     def drop(self, cond: Cond, rng: Rng) -> Cond:
         """The condition with labels replaced by -1, each with probability cond_drop."""
@@ -93,18 +124,12 @@ class Masked:
         """(ids, known, cache) -> logits [B, Q, *grid, S] of the model under this condition."""
 
         def predict(ids: Tensor, known: Tensor, cache: Cache | None = None) -> Tensor:
-            return model(torch.where(known, ids, mask_id(model)), None, cond, layout, cache)
+            x, context = torch.where(known, ids, mask_id(model)), context_of(cache)
+            if context is None:
+                return model(x, None, cond, layout, None)
+            return model(x, None, cond, context.layout(layout, len(x)), {"context": context})
 
         return predict
-
-
-def gamma(r: Tensor, schedule: str) -> Tensor:
-    """Masked fraction for r in [0, 1], falling from 1 to 0."""
-    if schedule == "cosine":
-        return (r * (math.pi / 2)).cos()
-    if schedule == "arccos":
-        return r.acos() * (2 / math.pi)
-    return 1 - r
 
 
 def mask_id(model: Any) -> int:

@@ -1,0 +1,43 @@
+"""Light steps between full ones: only the tokens of a group are computed, all others stay as the last full step saw them.
+
+Liu et al., "Plug-and-Play Context Feature Reuse for Efficient Masked Generation" (ReCAP), NeurIPS 2025. What is kept and how a light step uses it:
+genkit/nn/context.py; which tokens form a group: the samplers `masked` and `mar`. Nothing is approximated between groups, as each begins with a full step.
+"""
+
+from __future__ import annotations
+
+from genkit.errors import UsageError
+from genkit.interfaces import Cache
+from genkit.nn.context import Context
+
+
+class Recap:
+    """A group is one full step and `light` light ones. Works with backbones whose tokens meet by attention alone: masked, bert, uvit, mage, mar.
+
+    Args:
+        full_steps: so many steps at the beginning are full ones by themselves: with few tokens known, what is kept ages fast. Of 32 steps the paper has
+            up to 12, of MAR's half.
+        light: light steps per full one; 1 in all that was published.
+        keeps_condition: class tokens are not computed in light steps either.
+        head_steps: of MAR: steps in which light steps draw a token; null = as full ones. The released code halves them, which makes up part of the speed it
+            reports.
+    """
+
+    def __init__(
+        self, *, full_steps: int = 0, light: int = 1, keeps_condition: bool = False, head_steps: int | None = None
+    ):
+        for name, value, least in (("full_steps", full_steps, 0), ("light", light, 0), ("head_steps", head_steps, 1)):
+            if value is not None and value < least:
+                raise UsageError(f"sampler.reuse.{name}={value} must be at least {least}")
+        self.full_steps, self.light, self.keeps_condition = full_steps, light, keeps_condition
+        self.head_steps = head_steps
+
+    def groups(self, num_steps: int) -> list[int]:
+        """Steps of each group; their sum is num_steps."""
+        alone = min(self.full_steps, num_steps)
+        whole, rest = divmod(num_steps - alone, 1 + self.light)
+        return [1] * alone + [1 + self.light] * whole + [rest] * (rest > 0)
+
+    def cache(self) -> Cache:
+        """What the steps of a group share."""
+        return {"context": Context(keeps_condition=self.keeps_condition)}
