@@ -23,7 +23,7 @@ from torch import Tensor
 from genkit.errors import UsageError
 from genkit.interfaces import ATTEND, Cache
 from genkit.kernels.block_sparse_attention.op import block_sparse_attention
-from genkit.kernels.block_sparse_attention.pattern import Pattern, build
+from genkit.kernels.block_sparse_attention.pattern import Pattern, build, stack_samples
 from genkit.kernels.block_sparse_attention.rules import band, tile_order, window
 from genkit.reuse.calls import Carried, What, check_schedule, heeding
 
@@ -75,6 +75,24 @@ class Rettention:
             )
         return Carried(model, self.schedule, lambda: Statistics(self))
 
+    def pattern_for(
+        self, q: Tensor, grid: tuple[int, ...] | None = None, valid: Tensor | None = None
+    ) -> tuple[Pattern, tuple[Tensor, Tensor] | None]:
+        """Who sees whom among the tokens of q [B, H, N, K], and the order they are taken in with the way back, [N] each, where it is not their own.
+
+        Raises: UsageError for windows where tokens fill no grid.
+        """
+        if self.pattern == "band":
+            N = q.shape[2]
+            counts = (N,) if valid is None else tuple(valid.sum(1).tolist())
+            return _band(N, counts, self.density, q.device), None
+        if grid is None:
+            raise UsageError(
+                "sampler.reuse.pattern=window needs tokens in a full grid; samples of mixed sizes are packed without one: use pattern=band"
+            )
+        pattern, order, back = _window(grid, self.density, self.tile, q.device)
+        return pattern, (order, back)
+
 
 class Statistics:
     """Ratio and residual of every attention of a network, in the order in which a pass meets them."""
@@ -98,19 +116,12 @@ class Pass:
         self.statistics, self.is_full, self.count = statistics, is_full, 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...] | None, valid: Tensor | None) -> Tensor:
-        """[B, H, N, K]. Raises UsageError for windows where tokens fill no grid."""
+        """[B, H, N, K]."""
         options = self.statistics.options
-        N, back = q.shape[2], None
-        if options.pattern == "band":
-            pattern = _band(N, options.density, q.device)
-        elif grid is None:
-            raise UsageError(
-                "sampler.reuse.pattern=window needs tokens in a full grid; samples of mixed sizes are packed without one: use pattern=band"
-            )
-        else:
-            pattern, order, back = _window(grid, options.density, options.tile, q.device)
-            q, k, v = (x.index_select(2, order) for x in (q, k, v))
-            valid = None if valid is None else valid.index_select(1, order)
+        pattern, orders = options.pattern_for(q, grid, valid)
+        if orders is not None:
+            q, k, v = (x.index_select(2, orders[0]) for x in (q, k, v))
+            valid = None if valid is None else valid.index_select(1, orders[0])
         if self.is_full:
             o, ratio, residual = measure(q, k, v, pattern, valid, options.carry)
             self.statistics.layers.append((ratio, residual))
@@ -125,7 +136,7 @@ class Pass:
                     ratio.clamp_(max=1)
             elif options.carry == "residual":
                 o = residual + o
-        return o if back is None else o.index_select(2, back)
+        return o if orders is None else o.index_select(2, orders[1])
 
 
 def measure(
@@ -156,10 +167,12 @@ def _everything(num_tokens: int, device: torch.device) -> Pattern:
 
 
 @lru_cache(maxsize=16)
-def _band(num_tokens: int, density: float, device: torch.device) -> Pattern:
-    """|i - j| <= half of int(N density), as released: half as many keys at both ends of the sequence."""
+def _band(num_tokens: int, counts: tuple[int, ...], density: float, device: torch.device) -> Pattern:
+    """|i - j| <= half of int(n density), as released: half as many keys at both ends of the sequence. n: real tokens of each sample, or one number for all."""
     with torch.inference_mode(False):
-        return build(band(num_tokens, int(num_tokens * density) // 2), _block_size(num_tokens)).to(device)
+        size = _block_size(num_tokens)
+        patterns = [build(band(num_tokens, int(n * density) // 2), size) for n in counts]
+        return (patterns[0] if len(set(counts)) == 1 else stack_samples(patterns)).to(device)
 
 
 @lru_cache(maxsize=16)
@@ -176,5 +189,5 @@ def _window(grid: tuple[int, ...], density: float, tile: int, device: torch.devi
 
 
 def _odd(wanted: float, count: int) -> int:
-    """The odd number of tiles nearest to what is wanted, at most what an axis has."""
-    return min(2 * round((wanted - 1) / 2) + 1, count - 1 + count % 2) if count > 1 else 1
+    """The odd number of tiles nearest to what is wanted; as many as an axis has, or one more, is all of them."""
+    return min(2 * int(wanted / 2 + 1e-9) + 1, count + 1 - count % 2)

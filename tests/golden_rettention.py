@@ -1,0 +1,62 @@
+"""Golden runner of Re-ttention: an attention layer from step to step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from genkit.kernels.block_sparse_attention.op import block_sparse_attention
+from genkit.mixers.attention import Attention
+from genkit.nn.layout import dense_layout
+from genkit.reuse.rettention import Rettention, Statistics, measure
+from tests.golden_kernels_attn import run_rettention_kernel
+
+Outputs = dict[str, Tensor]
+
+
+class Layer(nn.Module):
+    """The mixer alone, called as a backbone."""
+
+    def __init__(self, mixer: Attention):
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, t: Any, cond: Any, layout: Any, cache: Any = None) -> Tensor:
+        return self.mixer(x, layout, cache)
+
+
+def run_rettention(case: Any) -> Outputs:
+    config, weights = case.config, case.weights
+    H, first = config["heads"], config["start_step"]
+    mixer = Attention(dim=config["query_dim"], layer=0, num_heads=H, qk_norm=False, rope=False)
+    joined = {f"qkv.{kind}": torch.cat([weights[f"to_{part}.{kind}"] for part in "qkv"]) for kind in ("weight", "bias")}
+    mixer.load_state_dict(joined | {f"proj.{kind}": weights[f"to_out.0.{kind}"] for kind in ("weight", "bias")})
+    reuse = Rettention(density=config["sparsity"], clamp=False)
+    model = reuse.start(Layer(mixer))
+    model.calls = first
+    layout = dense_layout((config["seq"],))
+    outputs: Outputs = {}
+    for k in range(config["steps"]):
+        hidden = case.inputs[f"hidden_{k}"]
+        outputs[f"out_{k}"] = model(hidden, None, {}, layout)
+        if reuse.schedule.what(first + k) == "plain":
+            # Theirs measures the ratio in plain steps too, where nothing reads it.
+            q, key, v = mixer.qkv(hidden).unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4)
+            outputs[f"ratio_after_{k}"] = measure(q, key, v, reuse.pattern_for(q)[0], None)[1].flatten(0, 1)
+            continue
+        (kept,) = model.kept.values()
+        assert isinstance(kept, Statistics)
+        ((ratio, residual),) = kept.layers
+        outputs[f"ratio_after_{k}"] = ratio.flatten(0, 1).clone()
+        # Theirs is kept behind the output projection.
+        outputs[f"residual_after_{k}"] = linear(residual.transpose(1, 2).flatten(2), mixer.proj.weight)
+    q, key, ratio = (case.inputs[name][None] for name in ("q", "k", "ratio"))
+    band = reuse.pattern_for(q)[0]
+    # Probabilities are what attention makes of values that are the identity.
+    identity = torch.eye(config["seq"]).expand(*q.shape[:2], -1, -1).contiguous()
+    outputs["full_probs"] = measure(q, key, identity, band, None)[0][0]
+    outputs["sparse_probs"] = (ratio * block_sparse_attention(q, key, identity, band)[0])[0]
+    return outputs | run_rettention_kernel(case)
