@@ -30,6 +30,7 @@ from genkit.tokenizers.pixels import Pixels
 GRID = (8, 8)
 LAYOUT = dense_layout(GRID)
 LABELS = torch.tensor([0, 2, 1])
+GUIDED = Guidance(2.0)
 
 
 def lively(model: Any, std: float = 0.1) -> Any:
@@ -62,7 +63,7 @@ def draw(
     model: Any,
     seeds: Any = (0, 1, 2),
     labels: Tensor = LABELS,
-    guidance: Guidance = Guidance(2.0),
+    guidance: Guidance = GUIDED,
     steps: int = 8,
     **options: Any,
 ) -> Tensor:
@@ -378,5 +379,5 @@ def test_guidance_away_from_a_saved_worse_model(tmp_path):
         pipeline(names=()).generate(torch.tensor([-1]), [0], sampler={"guidance_weak": str(tmp_path / "weak")})
     with pytest.raises(UsageError, match="another objective"):
         pipeline(objective={"type": "flow", "towards": "data"}).generate(LABELS, [0, 1, 2], sampler=both)
-    with pytest.raises(UsageError, match="sampler.guidance_weak=RUN"):
+    with pytest.raises(UsageError, match=r"sampler\.guidance_weak=RUN"):
         pipeline(names=()).generate(torch.tensor([-1]), [0])
