@@ -384,7 +384,7 @@ def test_packing_loses_nothing(num_grains: int, regions: tuple[int, int], batch:
     Y, X = (count * times for count in regions)
     grains = torch.randint(num_grains, (batch, *regions), generator=generator)
     ids = torch.randint(3, (batch, Y, X), generator=generator)
-    ids = grain._spread(ids, grain.expand(2 ** (num_grains - 1 - grains), times))[:, None]
+    ids = grain.spread(ids, grain.expand(2 ** (num_grains - 1 - grains), times))[:, None]
     packed = grain.pack(ids, grains, num_grains)
     assert [len(codes) for _, codes in packed] == grain.code_counts(grains).tolist()
     again, found = grain.unpack(packed, (Y, X), num_grains)

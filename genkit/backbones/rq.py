@@ -33,6 +33,7 @@ class RQ(ModelMixin, ConfigMixin):
         num_classes: classes that cond["label"] counts; 0 = unconditional.
         grid: places per axis.
         dim, depth, head_depth: of the paper's sizes 1536, 42 and 6 (1.4 B) with 24 heads; 12 and 4, 24 and 4 for 480 M and 821 M.
+        code_dim: width of the tables of ids, 256 in the paper; None = dim.
         mixer: a causal part, or a list of parts repeated through the depth, for places.
         head_mixer: the same for the ids of one place.
         mlp_ratio: hidden channels of the perceptrons per channel.
@@ -52,6 +53,7 @@ class RQ(ModelMixin, ConfigMixin):
         dim: int = 192,
         depth: int = 6,
         head_depth: int = 2,
+        code_dim: int | None = None,
         mixer: MixerSpec = ATTENTION,
         head_mixer: MixerSpec = ATTENTION,
         mlp_ratio: float = 4.0,
@@ -60,11 +62,12 @@ class RQ(ModelMixin, ConfigMixin):
         super().__init__()
         if depth < 1 or head_depth < 1:
             raise UsageError(f"backbone.depth={depth} and backbone.head_depth={head_depth} must be at least 1")
-        self.codes = nn.Embedding(num_levels * codebook_size, dim)
+        code_dim = dim if code_dim is None else code_dim
+        self.codes = nn.Embedding(num_levels * codebook_size, code_dim)
         self.first_row: Tensor
         self.register_buffer("first_row", codebook_size * torch.arange(num_levels), persistent=False)
         self.label = LabelEmbedding(num_classes=num_classes, dim=dim)
-        self.body_in, self.head_in = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.body_in, self.head_in = nn.Linear(code_dim, dim), nn.Linear(code_dim, dim)
         self.level = nn.Embedding(num_levels, dim)
         self.drop = Dropout(dropout)
 

@@ -84,7 +84,7 @@ def pack(ids: Tensor, grain: Tensor, num_grains: int = 2) -> Packed:
     """
     flat = ids[:, 0]
     side, first = _keep(grain, num_grains)
-    if not torch.equal(_spread(flat, side), flat):
+    if not torch.equal(spread(flat, side), flat):
         raise GenkitError("ids differ within a cell that their grain map codes as one; the map belongs to other ids")
     image, position = first.flatten(1).nonzero(as_tuple=True)
     order = (image * (num_grains + 1) + (num_grains - side.flatten(1)[image, position].log2().long())).argsort(
@@ -120,10 +120,10 @@ def unpack(packed: Packed, grid: tuple[int, int], num_grains: int = 2) -> tuple[
         raise GenkitError("packed positions do not cover every region of the grid exactly once")
     ids = torch.zeros(len(packed), Y * X, dtype=torch.int64, device=position.device)
     ids[image, position] = codes
-    return _spread(ids.view(-1, Y, X), side)[:, None], grain
+    return spread(ids.view(-1, Y, X), side)[:, None], grain
 
 
-def _spread(values: Tensor, side: Tensor) -> Tensor:
+def spread(values: Tensor, side: Tensor) -> Tensor:
     """Every cell takes the value of the first cell of its square: values [B, Y, X], side [B, Y, X] -> [B, Y, X]."""
     B, Y, X = values.shape
     rows = torch.arange(Y, device=side.device)[:, None]
