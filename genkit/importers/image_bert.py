@@ -51,22 +51,37 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     return network.eval()
 
 
+# Tokens per image -> noise, scale and schedule of guidance, steps, of the released generators of TiTok.
+RELEASED: dict[int, tuple[float, float, str, int]] = {
+    32: (9.5, 4.5, "linear", 8),
+    64: (11.0, 3.0, "linear", 8),
+    128: (2.8, 6.9, "power-cosine", 64),
+}
+
+
 def sampling(network: Any) -> dict[str, Any]:
-    """How TiTok draws: 8 steps, ids from softmax(logits / u) and the most confident by their logits, u falling from 4.5 (1 - 1/8) to 0 with the noise;
-    guidance that grows step by step, written here as 1 + its scale 4.5."""
-    num_steps, temperature = 8, 4.5
+    """How TiTok draws: ids from softmax(logits / u), the most confident by their logits with Gumbel noise of strength u, u falling from nearly `noise` to
+    0; guidance that grows step by step. With the numbers of the released generator for so many tokens, of other lengths those of 32.
+
+    Its scale s is l + s (l - null), here 1 + s; with "power-cosine" it is null + s (l - null), as here.
+    """
+    noise, scale, schedule, num_steps = RELEASED.get(math.prod(network.config["grid"]), RELEASED[32])
+    num_steps = min(num_steps, math.prod(network.config["grid"]))
+    cosine = schedule == "power-cosine"
     return {
         "objective": {"type": "masked", "schedule": "arccos"},
         "sampler": {
             "type": "masked",
             "num_steps": num_steps,
             "schedule": "arccos",
-            "temperature": temperature,
+            "temperature": noise,
             "confidence": "logit",
-            "softmax_temperature": temperature * (1 - 1 / num_steps),
+            "softmax_temperature": noise * (1 - 1 / num_steps),
             "softmax_end": 0.0,
-            "guidance": 5.5,
-            "guidance_schedule": "steps",
+            "guidance": scale if cosine else 1 + scale,
+            "guidance_schedule": "cosine" if cosine else "linear",
+            "guidance_power": 3.0 if cosine else 1.0,
+            "guidance_over": "steps",
         },
     }
 
