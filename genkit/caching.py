@@ -31,6 +31,7 @@ def token_dataset(config: Mapping[str, Any], tokenizer: Any, fingerprint: str, r
     """The tokens of the config's data, from the cache where data and tokenizer are the same, else encoded now."""
     from genkit.console import Progress
     from genkit.data import cache as store
+    from genkit.data import packed
     from genkit.data.tokens import Tokens
     from genkit.data.untokenized import Pixelwise
 
@@ -46,6 +47,10 @@ def token_dataset(config: Mapping[str, Any], tokenizer: Any, fingerprint: str, r
             progress.advance(count - done)
             done = count
 
+        if hasattr(tokenizer, "code_depth"):  # shapes: tokens of no common number
+            return packed.find_or_build(
+                tokenizer, dataset, root, name=name, tokenizer_fingerprint=fingerprint, device=device, progress=show
+            )
         path = store.find_or_build(
             tokenizer, dataset, root, name=name, tokenizer_fingerprint=fingerprint, device=device, progress=show
         )

@@ -6,6 +6,7 @@ condition (autoguidance: Karras et al., 2024). Strength 1 is no guidance, 0 the 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -64,6 +65,8 @@ def guide(
     """
     if guidance.strength == 1 or ("label" not in cond and weak is None):
         return objective.predictor(model, cond, layout)
+    if hasattr(objective, "guided"):
+        return objective.guided(model, cond, guidance, weak)
     is_autoregressive = getattr(objective, "is_autoregressive", False)
     wrap: Any = GuidedNext if is_autoregressive else guide_ids if objective.target == "ids" else guide_latents
     if getattr(objective, "draws_tokens", False):
@@ -194,6 +197,13 @@ class GuidedNext:
             cache,
             list(range(first, first + count)),
         )
+
+    def repeated(self, times: int) -> GuidedNext:
+        """See genkit.interfaces.PredictNext."""
+        other = copy.copy(self)
+        other.strong = self.strong.repeated(times)
+        other.poor = None if self.poor is None else self.poor.repeated(times)
+        return other
 
     def _guided(self, call: Any, ids: Tensor, cache: Cache | None, step: Any) -> Tensor:
         if self.poor is not None:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from genkit import caching, checkpoint, files, images, registry
+from genkit import caching, checkpoint, files, images, registry, shapes
 from genkit import config as configs
 from genkit.checkpoint import Counters, Run
 from genkit.data.cache import check_size
@@ -103,6 +103,7 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
             grid=grid,
             patch_sizes=getattr(tokenizer, "patch_sizes", None),
             num_grains=getattr(tokenizer, "num_grains", None),
+            **{name: getattr(tokenizer, name, None) for name in ("bits", "full_depth", "code_depth")},
         )
         if hasattr(objective, "bind"):
             objective.bind(tokenizer)
@@ -312,7 +313,9 @@ def draw(job: Job) -> None:
     count = job.config["log"]["num_images"]
     record: dict[str, Any] = {"step": job.counters.step, "weights": kind}
     with averaged(job):
-        if job.tokenizer is None:
+        if hasattr(job.tokenizer or job.model, "meshes"):
+            picture = shapes.picture(job, validation(job), count)
+        elif job.tokenizer is None:
             x = next(iter(read_all(validation(job), batch_size=count)))["x"][:count].to(job.accelerator.device)
             rebuilt = job.model(x)[0].clamp(-1, 1)
             rows = torch.cat([x, rebuilt, (x - rebuilt).abs() - 1])

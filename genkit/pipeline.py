@@ -6,7 +6,9 @@ it does not know when it stands in its table of loadable classes; that table is 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +23,11 @@ from torch import Tensor
 
 from genkit import config, registry
 from genkit.checkpoint import find_run
+from genkit.data.sizes import parse_size, show_size
 from genkit.errors import GenkitError, UsageError
 from genkit.guidance import Guidance, guide
 from genkit.interfaces import OnStep
+from genkit.nn.extrapolation import extrapolating
 from genkit.nn.layout import dense_layout
 from genkit.rng import Rng
 from genkit.weights import module_sha256
@@ -107,6 +111,9 @@ class GeneratorPipeline(DiffusionPipeline):
         steps: int | None = None,
         guidance: float | None = None,
         sampler: Mapping[str, Any] | Sequence[str] = (),
+        size: str | Sequence[int] | None = None,
+        rope: Mapping[str, Any] | None = None,
+        start: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Samples by label and seed: the same pair gives the same image in any batch.
@@ -116,8 +123,14 @@ class GeneratorPipeline(DiffusionPipeline):
             seeds: one per sample.
             steps, guidance: instead of the sampler's own; guidance 1 = off.
             sampler: changes of the recipe's section `sampler`: {"reuse": {"type": "skip_blocks"}}, or texts as on the command line, "type=euler".
+            size: pixels of the images, (Y, X) or "48x64", rows x columns; None = as trained.
+            rope: how rotary positions of the backbone `fit` meet another size: {"method": "ntk", "gain": "paper", "per_axis": True}, see
+                nn.extrapolation; None = as the recipe says.
+            start: of masked generators, what is known: ids [B, Q, *grid] with -1, or latents [B, C, *grid] with NaN, where they are to be found
+                (genkit/editing.py makes it of an image).
 
-        Returns: [B, C, Y, X] in [-1, 1].
+        Returns: [B, C, Y, X] in [-1, 1]; of shapes a list of B meshes.
+        Raises: UsageError for what does not fit the model.
         """
         chosen = self.chosen_sampler(sampler)
         spec = {k: v for k, v in chosen.items() if k not in config.Sampler.model_fields}
@@ -134,25 +147,66 @@ class GeneratorPipeline(DiffusionPipeline):
         if hasattr(objective, "bind"):
             objective.bind(self.tokenizer)
         labels = self.check_labels(labels)
+        grid = self.grid if size is None else self.grid_of(size)
+        if grid != self.grid and hasattr(objective, "bind"):
+            raise UsageError(
+                f"size={size}: this model draws in the scales of its tokenizer, which belong to {self.trained_size}; leave it out"
+            )
         rng = Rng(list(seeds), device=self.device)
         how = self.guidance(guidance, chosen)
         weak = self.weak_backbone(chosen) if how.strength != 1 else None
-        predict = guide(
+        predict: Any = guide(
             objective,
             reuse.start(self.backbone) if wraps else self.backbone,
             {"label": labels.to(self.device)},
-            dense_layout(self.grid, device=self.device),
+            dense_layout(grid, device=self.device),
             how,
             reuse.start(weak) if wraps and weak is not None else weak,
         )
-        if objective.target == "ids":
-            shape = getattr(predict, "shape", (self.tokenizer.num_levels, *self.grid))
-            start = torch.full((len(labels), *shape), -1, device=self.device)
-            z = self.tokenizer.codes(draw(predict, start, rng, on_step))
-        else:
-            start = rng.fork("start").normal(self.tokenizer.channels, *self.grid)
-            z = draw(predict, start, rng, on_step)
+        with contextlib.ExitStack() as stack:
+            for network in [self.backbone] if weak is None else [self.backbone, weak]:
+                stack.enter_context(extrapolating(network, rope or {}))
+            if hasattr(self.tokenizer, "meshes"):
+                return self.tokenizer.meshes(draw(predict, predict.start(len(labels)), rng, on_step))
+            if objective.target == "ids":
+                shape = getattr(predict, "shape", (self.tokenizer.num_levels, *grid))
+                if start is None:
+                    start = torch.full((len(labels), *shape), -1, device=self.device)
+                z = self.tokenizer.codes(draw(predict, start, rng, on_step))
+            elif getattr(objective, "draws_tokens", False):
+                if start is None:
+                    start = torch.full((len(labels), self.tokenizer.channels, *grid), math.nan, device=self.device)
+                z = draw(predict, start, rng, on_step)
+            else:
+                start = rng.fork("start").normal(self.tokenizer.channels, *grid)
+                z = draw(predict, start, rng, on_step)
         return self.tokenizer.decode(z).clamp(-1, 1)
+
+    @property
+    def trained_size(self) -> str:
+        """Pixels of the images it was trained on, "32x32"."""
+        return show_size([length * self.tokenizer.stride for length in self.grid])
+
+    def grid_of(self, size: str | Sequence[int]) -> tuple[int, ...]:
+        """Cells of images of a size in pixels, (Y, X) or "48x64". Raises UsageError for one that cells or patches do not fill."""
+        sides = parse_size(size)
+        if len(self.grid) != len(sides):
+            raise UsageError(
+                f"size={show_size(sides)}: this model's tokens are no grid of rows and columns; it draws {self.trained_size}"
+            )
+        stride = self.tokenizer.stride
+        patches = getattr(self.backbone, "sides", (1, 1))
+        units = [stride * patch for patch in patches]
+        if any(side % unit for side, unit in zip(sides, units, strict=True)):
+            below = [side // unit * unit for side, unit in zip(sides, units, strict=True)]
+            above = [-(-side // unit) * unit for side, unit in zip(sides, units, strict=True)]
+            fits = " or ".join(show_size(pair) for pair in (below, above) if min(pair))
+            what = show_size(units) if units[0] != units[1] else units[0]
+            raise UsageError(
+                f"size {show_size(sides)} (rows x columns) is not divisible by {what}, the tokenizer's stride {stride} times the backbone's patches of "
+                f"{show_size(patches) if patches[0] != patches[1] else patches[0]}; nearest sizes that are: {fits}"
+            )
+        return tuple(side // stride for side in sides)
 
     def chosen_sampler(self, changes: Mapping[str, Any] | Sequence[str] = ()) -> dict[str, Any]:
         """The recipe's section `sampler` with changes. Raises UsageError for what does not fit it, or the objective."""
@@ -213,6 +267,8 @@ class GeneratorPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: Mapping[str, Any] | Sequence[str] = (),
+        size: str | Sequence[int] | None = None,
+        rope: Mapping[str, Any] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -224,7 +280,7 @@ class GeneratorPipeline(DiffusionPipeline):
             class_labels: class numbers or names, one per image; None = every class in turn, or no class.
             num_images: how many; by default one per label.
             guidance_scale: 1 = off; None = the recipe's.
-            sampler: changes of the recipe's sampler, as in generate.
+            sampler, size, rope: as in generate.
             generator: one generator, or one per image; None draws seeds at random.
             output_type: "pil", "np" or "pt".
             callback_on_step_end: called as f(pipeline, step, num_steps, {"state": tensor}).
@@ -239,7 +295,14 @@ class GeneratorPipeline(DiffusionPipeline):
                 callback_on_step_end(self, step, total, {"state": state})
 
         x = self.generate(
-            labels, seeds, steps=num_inference_steps, guidance=guidance_scale, sampler=sampler, on_step=on_step
+            labels,
+            seeds,
+            steps=num_inference_steps,
+            guidance=guidance_scale,
+            sampler=sampler,
+            size=size,
+            rope=rope,
+            on_step=on_step,
         )
         from genkit.images import to_pil
 

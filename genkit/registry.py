@@ -23,7 +23,12 @@ FAMILIES: dict[str, tuple[str, frozenset[str]]] = {
     "tokenizer": ("tokenizers", frozenset({"image_channels"})),
     "backbone": (
         "backbones",
-        frozenset({"channels", "codebook_size", "num_levels", "num_classes", "grid", "patch_sizes", "num_grains"}),
+        frozenset(
+            {
+                *("channels", "codebook_size", "num_levels", "num_classes", "grid", "patch_sizes", "num_grains"),
+                *("bits", "full_depth", "code_depth"),
+            }
+        ),
     ),
     "mixer": ("mixers", frozenset({"dim", "layer"})),
     "objective": ("objectives", frozenset()),

@@ -197,7 +197,7 @@ def _load(
             source.dataset.note(skipped)
         if device is not None:
             batch = {
-                name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
                 for name, value in batch.items()
             }
         yield batch

@@ -104,13 +104,25 @@ class OctreeMasked:
         """Where a sampler makes shapes grow; see genkit/samplers/octree_masked.py."""
         return Grow(model, cond)
 
+    def guided(self, model: Any, cond: Cond, guidance: Any, weak: Any = None) -> Grow:
+        """The same, away from the model without labels, or from a worse one. Raises UsageError for a strength that changes on the way."""
+        if guidance.schedule != "constant":
+            raise UsageError(f"sampler.guidance_schedule={guidance.schedule}: octrees are guided evenly; use constant")
+        none = cond if weak is not None else {**cond, "label": torch.full_like(cond["label"], -1)}
+        return Grow(model, cond, [(model if weak is None else weak, none)], guidance.strength)
+
 
 class Grow:
     """A batch of shapes on its way from the first depth to codes. Every shape with nothing to split splits its first node, as the official code does for
-    a batch."""
+    a batch.
 
-    def __init__(self, model: Any, cond: Cond):
-        self.model, self.cond = model, cond
+    Args:
+        others: models and conditions to be guided away from, by `strength`.
+    """
+
+    def __init__(self, model: Any, cond: Cond, others: list[tuple[Any, Cond]] | None = None, strength: float = 1.0):
+        self.model, self.cond, self.strength = model, cond, strength
+        self.asked = [(model, cond), *(others or [])]
         self.depths = model.code_depth - model.full_depth + 1
 
     def start(self, batch_size: int | None = None) -> Octree:
@@ -123,7 +135,7 @@ class Grow:
 
         self.octree = octree
         self.splits: list[Tensor] = []
-        self.growing = Growing(self.model, self.cond, octree)
+        self.growing = [Growing(model, cond, octree) for model, cond in self.asked]
 
     @property
     def samples(self) -> Tensor:
@@ -134,20 +146,20 @@ class Grow:
         return self.model.bits if self.octree.depth == self.model.code_depth else 0
 
     def logits(self, values: Tensor, known: Tensor) -> Tensor:
-        return self.growing.logits(values, known)
+        found = [growing.logits(values, known) for growing in self.growing]
+        return found[0] if len(found) == 1 else torch.lerp(found[1], found[0], self.strength)
 
     def finish(self, values: Tensor) -> None:
         if self.bits:
             self.codes = values
             return
-        some = torch.bincount(self.samples[values == 1], minlength=self.octree.batch_size)
-        count = self.octree.counts_of_samples(self.octree.depth)
-        first = (count.cumsum(0) - count)[(some == 0) & (count > 0)]
-        values = values.index_fill(0, first, 1)
-        self.growing.finish(values)
+        values = build.at_least_one(self.octree, values == 1).long()
+        for growing in self.growing:
+            growing.finish(values)
         self.splits.append(values)
         self.octree = build.split(self.octree, values.bool())
-        self.growing.at(self.octree)
+        for growing in self.growing:
+            growing.at(self.octree)
 
     def result(self) -> OctreeTokens:
         return OctreeTokens(self.octree, torch.cat(self.splits), self.codes)

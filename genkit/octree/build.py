@@ -118,6 +118,15 @@ def split(octree: Octree, is_split: Tensor) -> Octree:
     )
 
 
+def at_least_one(octree: Octree, is_split: Tensor) -> Tensor:
+    """The marks [M] bool of the finest depth, with the first node of every sample that has nodes there and no mark. What a sample becomes then does not
+    depend on the others."""
+    d = octree.depth
+    some = torch.bincount(octree.samples(d)[is_split], minlength=octree.batch_size)
+    count = octree.counts_of_samples(d)
+    return is_split.index_fill(0, (count.cumsum(0) - count)[(some == 0) & (count > 0)], True)
+
+
 def mark(octree: Octree, is_split: Tensor) -> Octree:
     """The octree with other occupied nodes [M] bool at its finest depth; see `split` for the case of none."""
     d = octree.depth
