@@ -76,6 +76,7 @@ class PredictNext(Protocol):
     def __call__(self, ids: Tensor, cache: Cache | None = None) -> Tensor: ...
     def to_sequence(self, ids: Tensor) -> Tensor: ...  # [B, *shape] -> [B, sum(counts)]
     def to_ids(self, sequence: Tensor) -> Tensor: ...  # back
+    def repeated(self, times: int) -> PredictNext: ...  # of a batch in which each sample stands so many times in a row
     def is_over(self, ids: Tensor) -> bool: ...  # whether nothing that may still be drawn counts
 
 

@@ -139,6 +139,11 @@ class KeysValues:
         self.length = min(self.length, length)
 
     @property
+    def batch(self) -> int:
+        """Samples, 0 before the first call."""
+        return 0 if self.keys is None else self.keys.shape[0]
+
+    @property
     def num_bytes(self) -> int:
         """Of the memory that is set aside."""
         return sum(y.numel() * y.element_size() for y in (self.keys, self.values) if y is not None)

@@ -23,7 +23,7 @@ _LARGEST = math.log(100)  # of the learned logarithm of the sharpness
 class ScaleAttention(nn.Module):
     """x [B, N, D] -> [B, N, D]. The first coordinate of a token is the number of its scale; tokens come scale after scale.
 
-    With a cache that has an entry "num_tokens", x is a whole scale, the next one: keys and values of earlier calls are kept as by a causal mixer.
+    With a cache that has an entry "num_tokens", x are whole scales, the next ones: keys and values of earlier calls are kept as by a causal mixer.
 
     Args:
         dim: D, divisible by num_heads.
@@ -55,11 +55,11 @@ class ScaleAttention(nn.Module):
         if self.log_scale is not None:
             q, k, scale = normalize(q, dim=-1) * self.log_scale.clamp_max(_LARGEST).exp(), normalize(k, dim=-1), 1.0
             q, k = q.to(v.dtype), k.to(v.dtype)  # the norm runs in float32 under autocast
-        mask = None
+        before = 0
         if cache is not None and "num_tokens" in cache:
-            _, k, v = cache.setdefault(self.layer, KeysValues(cache["num_tokens"])).append(k, v)
-        else:
-            number = layout.coords[..., 0]  # [B or 1, N]
-            mask = (number[:, :, None] >= number[:, None, :]).unsqueeze(1)  # [B or 1, 1, N, N]
+            before, k, v = cache.setdefault(self.layer, KeysValues(cache["num_tokens"])).append(k, v)
+        number = layout.coords[..., 0]  # [B or 1, N]
+        mask = (number[:, :, None] >= number[:, None, :]).unsqueeze(1)  # [B or 1, 1, N, N]
+        mask = torch.nn.functional.pad(mask, (before, 0), value=True)
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return self.proj(attended.transpose(1, 2).flatten(2))

@@ -29,8 +29,10 @@ class Progress:
     region: Tensor  # [...] int64, the last one, -1 at the start of a grain
     filled: Tensor  # [...] int64, codes that region has so far
 
-    def __getitem__(self, index: slice) -> Progress:
-        return Progress(self.covered[index], self.grain[index], self.region[index], self.filled[index])
+    def first(self, count: int) -> Progress:
+        """The first `count` along the second axis."""
+        parts = (y[:, :count] for y in (self.covered, self.grain, self.region, self.filled))
+        return Progress(*parts)
 
 
 class GrainSequence:
@@ -106,16 +108,11 @@ class GrainSequence:
         wide = grains.expand(2 ** (self.num_grains - 1 - map_), self.side)
         return grains.spread(ids.view(B, *self.grid), wide)[:, None]
 
-    def start(self, batch: int, device: torch.device | str) -> Progress:
-        """Before the first pair."""
-        zero = torch.zeros(batch, dtype=torch.int64, device=device)
-        return Progress(torch.zeros(batch, self.regions, dtype=torch.bool, device=device), zero, zero - 1, zero)
-
     def progress(self, positions: Tensor) -> Progress:
         """How far a sequence is before each of its pairs and behind the last: positions [B, n] -> leading axes [B, n + 1]."""
         B, n = positions.shape
         device = positions.device
-        grain, region, cell = (y.to(device) for y in (self.grain, self.region, self.cell))
+        region, cell = self.region.to(device), self.cell.to(device)
         known = positions.clamp_min(0)
         of_pair = region[known].masked_fill(positions < 0, -1)  # [B, n]
         is_end = (of_pair < 0) & (positions >= 0)

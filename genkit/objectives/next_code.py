@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout
 from genkit.nn.grain_sequence import GrainSequence
-from genkit.objectives.next_token import check_fractions, check_grid, drop
+from genkit.objectives.next_token import check_fractions, check_grid, drop, repeat
 from genkit.rng import Rng
 
 
@@ -53,7 +53,7 @@ class NextCode:
         sequence = GrainSequence(layout.grid, self.num_grains)
         positions, contents = sequence.encode(target)  # [B, n]
         at = sequence.progress(positions)
-        now = at[:, :-1]
+        now = at.first(positions.shape[1])
         where, what = model((positions, contents, now.grain), None, drop(cond, self.cond_drop, rng), layout)
         where = where.float().masked_fill(~sequence.allowed(now), -torch.inf)
         is_code, is_pair = contents >= 0, positions >= 0
@@ -100,13 +100,21 @@ class NextCodes:
             logits = self.model.position_logits(hidden[:, -1:])
             return logits.masked_fill(~self.sequence.allowed(at)[:, -1:], -torch.inf)
         position = ids[:, -1:]
+        positions = torch.cat([positions, position], dim=1)
         if cache is None:
-            hidden, _ = self._contexts(positions, contents, None)
-            return self.model.content_logits(hidden, torch.cat([positions, position], dim=1))[:, -1:]
-        first = cache.get("contents", 0)
-        cache["contents"] = positions.shape[1] + 1
-        all_ = torch.cat([positions, position], dim=1)
-        return self.model.content_logits(cache["hidden"], all_[:, first:], cache)[:, -1:]
+            hidden, _ = self._contexts(positions[:, :-1], contents, None)
+            logits = self.model.content_logits(hidden, positions)[:, -1:]
+        else:
+            if cache.get("seen", 0) < positions.shape[1]:
+                self._contexts(positions[:, :-1], contents, cache)
+            hidden = cache["hidden"]
+            logits = self.model.content_logits(hidden, positions[:, -hidden.shape[1] :], cache)[:, -1:]
+            cache["hidden"] = hidden[:, :0]
+        # An end has no content: an id that is certain says nothing and costs nothing.
+        is_end = self.sequence.region.to(position.device)[position] < 0  # [B, 1]
+        nothing = torch.full_like(logits[:1, :1], -torch.inf)
+        nothing[..., 0] = 0
+        return torch.where(is_end.unsqueeze(-1), nothing, logits)
 
     def _contexts(self, positions: Tensor, contents: Tensor, cache: Cache | None) -> tuple[Tensor, Any]:
         at = self.sequence.progress(positions)
@@ -118,8 +126,12 @@ class NextCodes:
         before = cache.get("seen", 0)
         known = max(0, before - 1)
         hidden = self.model.contexts(positions[:, known:], contents[:, known:], at.grain[:, before:], self.cond, cache)
-        cache["hidden"] = hidden
+        # Those whose contents are still to be read.
+        cache["hidden"] = torch.cat([cache["hidden"], hidden], dim=1) if "hidden" in cache else hidden
         return hidden, at
+
+    def repeated(self, times: int) -> NextCodes:
+        return NextCodes(self.model, self.sequence.num_grains, repeat(self.cond, times), self.layout)
 
     def to_sequence(self, ids: Tensor) -> Tensor:
         """Raises UsageError for images of which only a part is given: what of them is coded how finely is not known."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout
-from genkit.objectives.next_token import check_fractions, drop, losses
+from genkit.objectives.next_token import check_fractions, drop, losses, repeat
 from genkit.rng import Rng
 
 
@@ -50,14 +50,14 @@ class NextScale:
 
     def predictor(self, model: Any, cond: Cond, layout: Layout) -> NextScales:
         """What samplers of sequences call."""
-        return NextScales(model, self.tokenizer, cond, layout)
+        return NextScales(model, self.tokenizer.quantizer, cond, layout)
 
 
 class NextScales:
     """PredictNext over scales. A cache holds the sum of codes so far beside the keys and values of the network."""
 
-    def __init__(self, model: Any, tokenizer: Any, cond: Cond, layout: Layout):
-        self.model, self.quantizer, self.cond, self.layout = model, tokenizer.quantizer, cond, layout
+    def __init__(self, model: Any, quantizer: Any, cond: Cond, layout: Layout):
+        self.model, self.quantizer, self.cond, self.layout = model, quantizer, cond, layout
         self.codebook_size: int = model.config.codebook_size
         self.counts = [p * p for p in self.quantizer.patch_sizes]
         self.shape = (1, sum(self.counts))
@@ -85,6 +85,9 @@ class NextScales:
             cache["total"], shown = self.quantizer.add_scale(cache["total"], of_scale, k)
             parts.append(shown.flatten(2).mT)
         return torch.cat(parts, dim=1)
+
+    def repeated(self, times: int) -> NextScales:
+        return NextScales(self.model, self.quantizer, repeat(self.cond, times), self.layout)
 
     def to_sequence(self, ids: Tensor) -> Tensor:
         return ids[:, 0]

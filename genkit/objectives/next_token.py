@@ -61,6 +61,9 @@ class NextIds:
         """Logits [B, count, S] of the last `count` - 1 of the ids and of the one after them, for parallel decoding."""
         return self.model.next_logits(ids, self.cond, self.layout, cache, count)
 
+    def repeated(self, times: int) -> NextIds:
+        return NextIds(self.model, repeat(self.cond, times), self.layout)
+
     def to_sequence(self, ids: Tensor) -> Tensor:
         return ids.flatten(2).transpose(1, 2).flatten(1)
 
@@ -85,6 +88,11 @@ def drop(cond: Cond, probability: float, rng: Rng) -> Cond:
         return cond
     dropped = rng.fork("cond").uniform() < probability  # [B]
     return {**cond, "label": torch.where(dropped, -1, cond["label"])}
+
+
+def repeat(cond: Cond, times: int) -> Cond:
+    """The condition with every sample so many times in a row."""
+    return {name: value.repeat_interleave(times, dim=0) for name, value in cond.items()}
 
 
 def check_fractions(**values: float) -> None:
