@@ -467,7 +467,7 @@ def test_beams_follow_other_sequences(kind):
     model, objective = make(kind)
     predict = objective.predictor(model, {"label": LABELS[:2]}, LAYOUT)
     given = torch.full((2, len(predict.counts)), -1)
-    one, low = Beam(num_beams=1).search(predict, given)
+    _, low = Beam(num_beams=1).search(predict, given)
     many, high = Beam(num_beams=4).search(predict, given)
     assert (high.amax(1) >= low[:, 0] - 1e-4).all()
     assert predict.to_ids(many[:, 0]).min() >= 0
@@ -545,7 +545,6 @@ def test_a_scale_sees_itself_and_the_coarser_ones_alone():
 
 @torch.no_grad()
 def test_the_last_scale_never_reaches_the_network():
-    model, objective = make("var")
     ids = random_ids("var")
     changed = ids.clone()
     changed[..., 5:] = (changed[..., 5:] + 1) % S
