@@ -180,10 +180,10 @@ def test_mar_learns_a_mixture():
     )
     objective = Objective(prediction="v", repeats=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    label = torch.arange(64) % 2
+    label = torch.arange(32) % 2
     layout = dense_layout((2, 2))
     for step in range(80):
-        rng = Rng.at(0, 64 * step, 64)
+        rng = Rng.at(0, 32 * step, 32)
         z = (2.0 * label - 1).view(-1, 1, 1, 1) + 0.1 * rng.fork("data").normal(1, 2, 2)
         loss = sum(v.mean() for v in objective(model, z, {"label": label}, layout, rng).values())
         optimizer.zero_grad()
@@ -192,7 +192,7 @@ def test_mar_learns_a_mixture():
     assert float(loss.detach()) < 0.5
     predict = guide(objective, model.eval(), {"label": label}, layout, Guidance())
     with torch.no_grad():
-        out = Sampler(num_steps=2, head_steps=20)(predict, torch.full((64, 1, 2, 2), torch.nan), Rng.at(1, 0, 64))
+        out = Sampler(num_steps=2, head_steps=20)(predict, torch.full((32, 1, 2, 2), torch.nan), Rng.at(1, 0, 32))
     for c, mean in ((0, -1.0), (1, 1.0)):
         assert abs(float(out[label == c].mean()) - mean) < 0.25
 
