@@ -77,6 +77,18 @@ SAMPLER = argument(
     metavar="KEY=VALUE",
     help="changes of the recipe's sampler: type=heun, reuse.type=skip_blocks, guidance_weak=RUN",
 )
+SIZE = argument(
+    "--size", metavar="YxX", help="pixels, rows x columns: 48x64 is wider than high (default: as it was trained)"
+)
+ROPE = (
+    argument(
+        "--rope",
+        metavar="METHOD",
+        help="of the backbone fit at another size: plain, interpolate, ntk, ntk_by_parts or yarn (default: the recipe's)",
+    ),
+    argument("--rope-gain", metavar="WORD", help="of its attention by the number of tokens: none, paper or release"),
+    argument("--rope-longest", action="store_true", help="its axes all by the longest, not each by its own length"),
+)
 RAW = argument("--raw", action="store_true", help="the weights as trained, not their moving average")
 LAUNCH = argument("--launch", type=int, metavar="N", help="share the images out over N processes of this machine")
 BATCH_SIZE = argument(
@@ -208,6 +220,8 @@ def _launch(args: argparse.Namespace) -> int:
     STEPS,
     GUIDANCE,
     SAMPLER,
+    SIZE,
+    *ROPE,
     argument("-o", "--out", metavar="DIR", help="default: a folder in the run"),
     RAW,
     BATCH_SIZE,
@@ -225,6 +239,8 @@ def sample(args: argparse.Namespace) -> Answer:
         steps=args.steps,
         guidance=args.guidance,
         sampler=args.sampler,
+        size=args.size,
+        rope=_rope(args),
         ema=not args.raw,
         batch_size=args.batch_size,
         device=args.device,
@@ -234,6 +250,12 @@ def sample(args: argparse.Namespace) -> Answer:
         found,
         f"{found['images']} images in {found['out']} after {seconds}\ngrid {found['grid']}\nseeds {found['json']}",
     )
+
+
+def _rope(args: argparse.Namespace) -> dict[str, Any]:
+    """The changes of rotary positions that were asked for."""
+    asked = {"method": args.rope, "gain": args.rope_gain, "per_axis": False if args.rope_longest else None}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 @verb(
@@ -398,6 +420,8 @@ def import_(args: argparse.Namespace) -> Answer:
     SEED,
     STEPS,
     GUIDANCE,
+    SIZE,
+    *ROPE,
     RAW,
     BATCH_SIZE,
     DEVICE,
@@ -440,6 +464,8 @@ def eval_(args: argparse.Namespace) -> Answer:
             seed=args.seed,
             steps=args.steps,
             guidance=args.guidance,
+            size=args.size,
+            rope=_rope(args),
             ema=not args.raw,
             device=args.device,
             out=args.out,

@@ -84,6 +84,8 @@ def verify(
         seed=settings["seed"],
         steps=settings["steps"],
         guidance=settings["guidance"],
+        size=settings.get("size"),
+        rope=settings.get("rope"),
         ema=settings["ema"],
         device=device,
         batch_size=batch_size,

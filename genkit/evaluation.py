@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ def evaluate(
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
+    size: str | Sequence[int] | None = None,
+    rope: Mapping[str, Any] | None = None,
     ema: bool = True,
     device: str | torch.device | None = None,
     out: str | Path | None = None,
@@ -73,6 +75,7 @@ def evaluate(
         weights: of the feature net inception-2015: a file, or a folder that holds it.
         seed: sample i is generated from the seed `seed * 2^32 + i`.
         steps, guidance: instead of the sampler's own.
+        size, rope: of a generator's images, see GeneratorPipeline.generate; its data are then brought to this size too.
         ema: averaged weights where the target is a path and has some.
         device: by default a path is evaluated on the GPU where there is one, a pipeline object where it is.
         out: file for the report as JSON. By default, of a run directory eval/STEP.json in it, or eval/STEP-PROTOCOL-COUNT.json where protocol,
@@ -90,7 +93,7 @@ def evaluate(
     place = _device(target, device)
     plan = protocols.find(protocol) if protocol is not None else None
     labels = labels or (plan.labels if plan else "balanced")
-    sampling = Sampling(seed, steps, guidance, labels)
+    sampling = Sampling(seed, steps, guidance, labels, size, rope)
     subject = open_subject(target, sampling, ema=ema, device=place, weights=weights)
     specs = _specs(subject, plan, metrics, reference, weights)
     total = _how_many(subject, plan, count, specs)

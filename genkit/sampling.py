@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from genkit import files, images
+from genkit.data.sizes import named_size, parse_size
 from genkit.errors import UsageError
 from genkit.rng import sample_seeds
 
@@ -53,6 +54,8 @@ def sample(
     steps: int | None = None,
     guidance: float | None = None,
     sampler: Sequence[str] = (),
+    size: str | Sequence[int] | None = None,
+    rope: Mapping[str, Any] | None = None,
     ema: bool = True,
     batch_size: int = 64,
     device: str | None = None,
@@ -66,7 +69,9 @@ def sample(
         count: how many; by default one per label.
         labels: see `parse_labels`.
         sampler: changes of the recipe's section `sampler`: "type=euler", "reuse.type=skip_blocks".
-        out: folder; by default RUN/samples/seed-SEED.
+        size: pixels, "48x64" or (Y, X), rows x columns; by default as trained.
+        rope: how rotary positions meet another size, see GeneratorPipeline.generate.
+        out: folder; by default RUN/samples/seed-SEED, with the size in its name if there is one.
 
     Returns: images, out, grid, json (paths) and seconds.
     """
@@ -86,7 +91,7 @@ def sample(
         raise UsageError(f"-n {count}: at least one sample is needed")
     all_labels = [chosen[i % len(chosen)] for i in range(count)]
     seeds = sample_seeds(seed, 0, count)
-    folder = Path(out) if out is not None else Path(run) / "samples" / f"seed-{seed}"
+    folder = Path(out) if out is not None else Path(run) / "samples" / f"seed-{seed}{named_size(size, rope)}"
     settings = {
         "run": str(run),
         "checkpoint": pipeline.folder.parent.name,
@@ -94,7 +99,11 @@ def sample(
         "sampler": pipeline.chosen_sampler(sampler)
         | ({} if steps is None else {"num_steps": steps})
         | ({} if guidance is None else {"guidance": guidance}),
+        **({} if size is None else {"size": list(parse_size(size))}),
+        **({"rope": dict(rope)} if rope else {}),
     }
+    if size is not None:
+        pipeline.grid_of(size)
     names = [f"{i:06d}.png" for i in range(count)]
     rows = [
         {"file": name, "label": label, "class": pipeline.class_names[label] if label >= 0 else None, "seed": seed}
@@ -114,6 +123,8 @@ def sample(
             steps=steps,
             guidance=guidance,
             sampler=sampler,
+            size=size,
+            rope=rope,
         )
         for i, picture in zip(part, images.to_pil(x), strict=True):
             images.write_png(folder / names[i], picture)

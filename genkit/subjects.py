@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from genkit import registry
+from genkit.data.sizes import named_size, parse_size, show_size
 from genkit.errors import GenkitError, UsageError
 from genkit.metrics import emoji_net, fashion_net, sources
 from genkit.metrics.features import locate
@@ -63,13 +64,15 @@ class Sampling:
     steps: int | None
     guidance: float | None
     labels: Labels
+    size: str | Sequence[int] | None = None
+    rope: Mapping[str, Any] | None = None
 
     @property
     def suffix(self) -> str:
         """What tells reports of one checkpoint apart in their file names: "-steps8-guidance2"; empty for the sampler's own."""
         parts = [("steps", self.steps), ("guidance", self.guidance), ("seed", self.seed or None)]
         named = "".join(f"-{name}{value:g}" for name, value in parts if value is not None)
-        return named + ("-random" if self.labels == "random" else "")
+        return named + ("-random" if self.labels == "random" else "") + named_size(self.size, self.rope)
 
 
 def open_subject(target: Any, sampling: Sampling, *, ema: bool, device: torch.device, weights: str | None) -> Subject:
@@ -131,6 +134,11 @@ def _of_generator(pipe: Any, config: dict[str, Any], sampling: Sampling, weights
     """Sample i has the class i mod num_classes, or one drawn by its own seed."""
     classes = pipe.num_classes
 
+    size = None if sampling.size is None else parse_size(sampling.size)
+    data = config["data"] if size is None else sources.at_size(config["data"], size)
+    asked: dict[str, Any] = {"size": size} if size is not None else {}
+    asked |= {"rope": dict(sampling.rope)} if sampling.rope else {}
+
     def batch(first: int, last: int) -> dict[str, Any]:
         seeds = sample_seeds(sampling.seed, first, last - first)
         if not classes:
@@ -139,7 +147,8 @@ def _of_generator(pipe: Any, config: dict[str, Any], sampling: Sampling, weights
             label = Rng(seeds).fork("label").integers(classes, 1)[:, 0]
         else:
             label = torch.arange(first, last) % classes
-        return {"fake": pipe.generate(label, seeds, steps=sampling.steps, guidance=sampling.guidance), "label": label}
+        fake = pipe.generate(label, seeds, steps=sampling.steps, guidance=sampling.guidance, **asked)
+        return {"fake": fake, "label": label}
 
     sampler = getattr(pipe, "sampler", None) or config["sampler"]
     steps = sampling.steps if sampling.steps is not None else sampler.get("num_steps")
@@ -151,7 +160,11 @@ def _of_generator(pipe: Any, config: dict[str, Any], sampling: Sampling, weights
         f"{sampler['type']} steps={steps} guidance={guidance}",
         f"seed {sampling.seed}",
     ]
-    shape = tuple(sources.from_spec(config["data"]).shape)
+    about += [f"size {show_size(size)}"] if size is not None else []
+    about += [f"rope {' '.join(f'{key}={value}' for key, value in sampling.rope.items())}"] if sampling.rope else []
+    if size is not None:
+        pipe.grid_of(size)
+    shape = tuple(sources.from_spec(data).shape)
     metrics = [dict(spec) for spec in config.get("metrics") or []]
     if not metrics:
         net = suitable_net(shape, weights, config["data"]["type"])
@@ -164,13 +177,14 @@ def _of_generator(pipe: Any, config: dict[str, Any], sampling: Sampling, weights
         None,
         shape,
         lambda: about,
-        config["data"],
+        data,
         metrics,
         labels=sampling.labels if classes else "none",
         modules=modules,
         notes=lambda: _judge_notes(config["data"]),
         identity=_place(pipe)
-        | {"weights_sha256": sha, "sampler": sampler["type"], "num_steps": steps, "guidance": guidance},
+        | {"weights_sha256": sha, "sampler": sampler["type"], "num_steps": steps, "guidance": guidance}
+        | asked,
     )
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,15 @@ def parse_size(text: str | int | Sequence[int], option: str = "size") -> Size:
 def show_size(size: Sequence[int]) -> str:
     """ "48x64"."""
     return "x".join(map(str, size))
+
+
+def named_size(size: str | Sequence[int] | None, rope: Mapping[str, Any] | None) -> str:
+    """What tells files of one run apart: "-48x64-ntk-paper"; empty for the trained size."""
+    words = [] if size is None else [show_size(parse_size(size))]
+    words += [
+        {"per_axis": "axes" if value else "longest"}.get(key, str(value)) for key, value in sorted((rope or {}).items())
+    ]
+    return "".join(f"-{word}" for word in words)
 
 
 def within_budget(size: Size, budget: int, unit: int) -> Size:

@@ -24,7 +24,7 @@ SIDE = 64
 
 def takes(shape: tuple[int, ...]) -> bool:
     """Whether images of this shape (C, Y, X) can be judged by the net."""
-    return len(shape) == 3 and shape[0] == 3 and shape[1] == shape[2] and shape[1] <= 2 * SIDE
+    return len(shape) == 3 and shape[0] == 3 and max(shape[1:]) <= 2 * SIDE
 
 
 def _layer(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -58,13 +58,13 @@ class EmojiCNN(nn.Module):
         self.head = nn.Linear(self.dims["pool"], len(self.class_names))
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, 3, Y, X] in [-1, 1] -> [B, 192], not negative. Other sizes than 64 are resized (bilinear, antialiased)."""
+        """[B, 3, Y, X] in [-1, 1] -> [B, 192], not negative. Other sizes than 64x64 are resized to that (bilinear, antialiased), whatever their shape."""
         if not takes(tuple(x.shape[1:])):
             got = "x".join(map(str, x.shape[1:]))
             raise UsageError(
-                f"emoji-cnn takes square RGB images of at most {2 * SIDE} pixels, got {got}; use features=inception-2015"
+                f"emoji-cnn takes RGB images of at most {2 * SIDE} pixels, got {got}; use features=inception-2015"
             )
-        if x.shape[-1] != SIDE:
+        if x.shape[-2:] != (SIDE, SIDE):
             x = interpolate(x, size=(SIDE, SIDE), mode="bilinear", antialias=True)
         return self.body(x)
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import typing
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from genkit import registry
 from genkit.data.memory import to_float
+from genkit.data.sizes import Size, parse_size, show_size
 from genkit.errors import GenkitError, UsageError, nearest
 from genkit.interfaces import Dataset
 from genkit.metrics.arrays import Npz, check_packing, reason, shown
@@ -116,7 +118,23 @@ def from_spec(spec: dict[str, Any], split: str | None = None) -> Images:
             raise UsageError(f"data.type={spec['type']} has no split '{split}'; name another reference")
     if "flip" in spec:
         spec = {**spec, "flip": False}
+    if spec.get("sizes") or spec.get("aspect", "crop") != "crop":
+        sides = spec["size"]
+        spec = at_size(spec, parse_size(sides))
     return from_dataset(registry.build("data", spec), " ".join([spec["type"], spec.get("split") or ""]).strip())
+
+
+def at_size(spec: dict[str, Any], size: Size) -> dict[str, Any]:
+    """The config section of the same images, all at one size. Raises UsageError for data that come in their own size alone."""
+    options = registry.options(registry.find("data", spec["type"]))
+    kinds = typing.get_args(options["size"].annotation) if "size" in options else ()
+    if not any(typing.get_origin(kind) is tuple for kind in kinds) and size[0] != size[1]:
+        raise UsageError(
+            f"data.type={spec['type']} has no images of {show_size(size)} to compare with; name others, --ref FOLDER, or a square size"
+        )
+    changed: dict[str, Any] = {"size": list(size) if size[0] != size[1] else size[0]}
+    changed |= {name: value for name, value in {"aspect": "crop", "sizes": None}.items() if name in options}
+    return registry.check("data", {**spec, **changed}, "data")
 
 
 def from_dataset(dataset: Dataset, name: str) -> Images:

@@ -5,9 +5,12 @@ All rules change the J frequencies f_j = base^(-j / J) of an axis by s, how much
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import dataclass
-from typing import Literal
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -105,3 +108,32 @@ def turning_table(coords: Tensor, sizes: Tensor, head_dim: int, rule: Extrapolat
     angles = torch.nn.functional.pad(angles, (0, pairs - angles.shape[-1])).unsqueeze(-2)
     amplitude = rule.amplitude(sizes)[:, None, None, None]
     return angles.cos() * amplitude, angles.sin() * amplitude
+
+
+@contextlib.contextmanager
+def extrapolating(network: Any, changes: Mapping[str, Any]) -> Iterator[None]:
+    """A network whose rotary positions follow another rule, inside the block.
+
+    Args:
+        network: with `rule`, an Extrapolation.
+        changes: of it: method, per_axis, gain, trained.
+
+    Raises: UsageError for a network whose positions have no such rule, and for words no rule has.
+    """
+    if not changes:
+        yield
+        return
+    kept = getattr(network, "rule", None)
+    if kept is None or getattr(network, "has_mixer", False):
+        raise UsageError(
+            f"this model's {type(network).__name__} has no rotary positions that could be extrapolated by another rule; the backbone fit has, "
+            "with its own attention. Leave --rope and its like out: other positions are stretched to the size, or refuse it"
+        )
+    for name, words in (("method", Method), ("gain", Gain)):
+        if name in changes and changes[name] not in typing.get_args(words):
+            raise UsageError(f"rope {name} {changes[name]} is none of {', '.join(typing.get_args(words))}")
+    network.rule = replace(kept, **changes)
+    try:
+        yield
+    finally:
+        network.rule = kept
