@@ -1,0 +1,262 @@
+"""The octree tokenizer: its graph, its function of space, what it decodes, and what a generator trains on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from genkit import config, registry
+from genkit.data.packed import PackedShapes, find_or_build
+from genkit.data.shapes import Shapes
+from genkit.errors import UsageError
+from genkit.meshes.mesh import inspect
+from genkit.nn.dual_graph import Down, GraphConv, Up
+from genkit.objectives.shape_reconstruction import ShapeReconstruction
+from genkit.octree import build
+from genkit.octree.graph import DIRECTIONS, DualGraph, dual_graph
+from genkit.octree.octree import Octree
+from genkit.octree.partition import around, blend, blend_with_gradient
+from genkit.octree.tokens import samples_of
+from genkit.recipes import resolve
+from genkit.rng import Rng
+from genkit.tokenizers.octree_vq import OctreeVQ
+
+OFFSETS = ((0, 0, 1), (0, 0, -1), (0, 1, 0), (0, -1, 0), (1, 0, 0), (-1, 0, 0))
+SIZES = {
+    "depth": 5,
+    "full_depth": 2,
+    "bits": 8,
+    "encoder_channels": [8, 8, 16],
+    "encoder_blocks": [1, 1, 1],
+    "inner_channels": [16, 16],
+    "inner_blocks": [1, 1],
+    "decoder_channels": [16, 16, 8, 8],
+    "decoder_blocks": [1, 1, 1, 1],
+}
+
+
+def tiny(**options) -> OctreeVQ:
+    torch.manual_seed(0)
+    return OctreeVQ(**{**SIZES, **options})
+
+
+def batch(count: int = 2, points: int = 400) -> dict[str, torch.Tensor]:
+    return Shapes(num_shapes=12, num_points=points, num_distances=200).__getitems__(list(range(count)))
+
+
+def octree(depth: int = 5) -> Octree:
+    random = torch.Generator().manual_seed(0)
+    points = torch.nn.functional.normalize(torch.randn(500, 3, generator=random)) * 0.6
+    points[:60] *= 0.3  # a small one within, so that leaves of several sizes meet
+    samples = (torch.arange(500) >= 400).long()
+    return build.from_points(points, samples=samples, batch_size=2, depth=depth, full_depth=2)
+
+
+def edges(graph: DualGraph) -> set[tuple[int, int, int]]:
+    node, face = (graph.one >= 0).nonzero(as_tuple=True)
+    single = zip(node.tolist(), face.tolist(), graph.one[node, face].tolist(), strict=True)
+    many = ((slot // DIRECTIONS, slot % DIRECTIONS, j) for slot, j in zip(*graph.many.tolist(), strict=True))
+    return {*single, *many}
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+def test_vertices_share_a_face_exactly_where_there_is_an_edge(depth):
+    tree = octree()
+    graph = dual_graph(tree, depth)
+    xyz = torch.cat([tree.xyz(d) for d in range(2, depth + 1)])[graph.is_vertex]
+    side = 2 ** (5 - 2 - graph.depths)  # in units of the finest node
+    low, high = xyz * side[:, None], (xyz + 1) * side[:, None]
+    expected = set()
+    for face, offset in enumerate(OFFSETS):
+        axis, sign = next((a, o) for a, o in enumerate(offset) if o)
+        others = [a for a in range(3) if a != axis]
+        touch = (high[:, None, axis] == low[None, :, axis]) if sign > 0 else (low[:, None, axis] == high[None, :, axis])
+        for a in others:
+            touch &= torch.minimum(high[:, None, a], high[None, :, a]) > torch.maximum(low[:, None, a], low[None, :, a])
+        touch &= graph.samples[:, None] == graph.samples[None]
+        expected |= {(i, face, j) for i, j in touch.nonzero().tolist()}
+    assert edges(graph) == expected
+
+
+def test_graph_convolution_is_a_mean_over_faces_with_the_right_gradients():
+    graph = dual_graph(octree(4), 4)
+    conv = GraphConv(3, 2, 3).double()
+    x = torch.randn(len(graph), 3, dtype=torch.float64, requires_grad=True)
+    # Written out: the mean over the neighbours of each face, and itself.
+    wide = torch.cat([x, torch.nn.functional.one_hot(graph.depths, 3).double()], 1)
+    means = torch.zeros(len(graph), DIRECTIONS, len(graph), dtype=torch.float64)
+    for i, face, j in edges(graph):
+        means[i, face, j] = 1
+    means = means / means.sum(2, keepdim=True).clamp_min(1)
+    columns = torch.cat([torch.einsum("ifj,jc->ifc", means, wide), wide[:, None]], 1)
+    expected, found = columns.flatten(1) @ conv.weight, conv(x, graph)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    weight = torch.randn_like(found)
+    for parameter in (x, conv.weight):
+        ours, theirs = (
+            torch.autograd.grad((y * weight).sum(), parameter, retain_graph=True)[0] for y in (found, expected)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_leaves_pass_where_depths_change():
+    tree = octree(4)
+    above, below = dual_graph(tree, 3), dual_graph(tree, 4)
+    x = torch.randn(len(below), 4)
+    up = Down(4, 4)(x, tree, below, above)
+    leaf = ~tree.is_occupied(3)
+    at = above.num_leaves + leaf.nonzero().squeeze(1)
+    assert torch.equal(up[: above.num_leaves], x[: above.num_leaves])
+    assert torch.equal(up[at], x[above.num_leaves : below.num_leaves])
+    again = Up(4, 4)(up, tree, above, below)
+    assert torch.equal(again[: below.num_leaves], x[: below.num_leaves])
+
+
+def test_a_plane_on_every_node_is_that_plane_in_space():
+    tree = octree(5)
+    g, o = torch.tensor([0.3, -0.5, 0.8]), 0.1
+    centres = torch.cat([(tree.xyz(d) + 0.5) * 2.0 ** (1 - d) - 1 for d in range(2, 6)])
+    values = torch.cat([g.expand(len(centres), 3), (centres @ g + o)[:, None]], 1)
+    points = torch.rand(300, 3, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+    near = around(tree, points, torch.zeros(300, dtype=torch.int64), range(5, 6))[5]
+    value, rise = blend_with_gradient(values, near)
+    torch.testing.assert_close(value, points @ g + o, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rise, g.expand(300, 3), rtol=1e-3, atol=1e-3)
+
+
+def test_the_gradient_is_that_of_the_function():
+    tree = octree(4)
+    values = torch.randn(
+        sum(tree.count(d) for d in range(2, 5)), 4, generator=torch.Generator().manual_seed(0)
+    ).double()
+    points = torch.rand(50, 3, generator=torch.Generator().manual_seed(1)).double() * 1.6 - 0.8
+    owner = torch.arange(50) % 2
+
+    def at(where):
+        near = around(tree, where, owner, range(4, 5))[4]
+        return blend(values, near), blend_with_gradient(values, near)
+
+    value, (same, rise) = at(points)
+    torch.testing.assert_close(value, same)
+    for axis in range(3):
+        step = torch.zeros(3, dtype=torch.float64)
+        step[axis] = 1e-6
+        numeric = (at(points + step)[0] - at(points - step)[0]) / 2e-6
+        smooth = (numeric - rise[:, axis]).abs() < 1e-4
+        assert smooth.float().mean() > 0.95, "but for the few points at which two linear pieces meet"
+
+
+def test_every_parameter_learns_and_losses_are_per_shape():
+    model, objective = tiny(), ShapeReconstruction(num_surface=50)
+    losses = objective(model, batch(), {}, None, Rng.at(0, 0, 2))
+    assert all(value.shape == (2,) for value in losses.values())
+    sum(value.mean() for name, value in losses.items() if name[0] != "_").backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+
+
+def test_a_shape_is_decoded_alike_alone_and_in_a_batch():
+    model = tiny().eval()
+    data = batch(3)
+    tokens = model.encode(data["points"], data["normals"])
+    together = model.field(tokens)
+    points = torch.rand(100, 3, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+    for i in range(3):
+        one = model.encode(data["points"][i : i + 1], data["normals"][i : i + 1])
+        assert torch.equal(one.codes, tokens.codes[tokens.octree.samples(3) == i])
+        alone = model.field(one)
+        torch.testing.assert_close(alone(points, 0, 5), together(points, i, 5), rtol=1e-4, atol=1e-5)
+
+
+def test_decoded_meshes_are_watertight_whatever_the_weights():
+    model = tiny().eval()
+    data = batch(2)
+    for mesh in model.meshes(model.encode(data["points"], data["normals"]), resolution=32):
+        assert inspect(mesh).is_watertight
+        assert mesh.bounds.abs().max() <= 0.9
+
+
+def test_a_finer_grid_only_refines_near_the_surface_and_agrees_there():
+    model = tiny().eval()
+    data = batch(1)
+    decoded = model.field(model.encode(data["points"], data["normals"]))
+    axis = torch.arange(33)
+    places = torch.cartesian_prod(axis, axis, axis)
+    everywhere = decoded._evaluate(0, 5, 32, places).view(33, 33, 33)
+    sparse = decoded.grid(0, 32, 5)
+    inner = (slice(1, -1),) * 3
+    assert ((sparse < 0.002) == (everywhere < 0.002))[inner].float().mean() > 0.999
+
+
+def test_tokens_on_disk_are_those_of_the_tokenizer_and_building_goes_on(tmp_path):
+    model, data = tiny().eval(), Shapes(num_shapes=40, num_points=300, num_distances=0)
+    calls = []
+    original = model.encode
+
+    def encode(points, normals):
+        calls.append(len(points))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(points, normals)
+
+    model.encode = encode
+    arguments = {"name": "a", "tokenizer_fingerprint": "t"}
+    with pytest.raises(KeyboardInterrupt):
+        find_or_build(model, data, tmp_path, **arguments)
+    packed = find_or_build(model, data, tmp_path, **arguments)
+    assert calls == [32, 8, 8], "the first block was kept"
+    assert len(find_or_build(model, data, tmp_path, **arguments)) == 40
+    assert len(calls) == 3
+    indices = [33, 2, 7]
+    found = packed.__getitems__(indices)
+    sample = data.__getitems__(indices)
+    expected = original(sample["points"], sample["normals"])
+    assert torch.equal(found["ids"].splits, expected.splits)
+    assert torch.equal(found["ids"].codes, expected.codes)
+    assert torch.equal(samples_of(found["ids"].octree), samples_of(expected.octree))
+    assert torch.equal(found["label"], sample["label"])
+    assert packed[5]["ids"].batch_size == 1
+    (packed.path / "codes.npy").unlink()
+    with pytest.raises(UsageError, match="not a whole cache of shapes"):
+        PackedShapes(path=str(packed.path))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"encoder_blocks": [1]}, "lists of one length"),
+        ({"decoder_channels": [16, 16, 8], "decoder_blocks": [1, 1, 1]}, "needs 4 decoder_channels, found 3"),
+        ({"inner_channels": [16, 32]}, "skips are added"),
+        ({"features": "NX"}, "known letters"),
+        ({"full_depth": 3}, "not above full_depth"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(options, words):
+    with pytest.raises(UsageError, match=words):
+        tiny(**options)
+
+
+def test_tokens_of_another_tokenizer_and_data_without_distances_are_refused():
+    model = tiny().eval()
+    data = batch(1)
+    tokens = model.encode(data["points"], data["normals"])
+    tokens.codes = tokens.codes[:, :4]
+    with pytest.raises(UsageError, match="with 4 bits; this tokenizer has depth 3 and 8 bits"):
+        model.field(tokens)
+    with pytest.raises(UsageError, match="num_distances must be above 0"):
+        ShapeReconstruction()(model, {k: data[k] for k in ("points", "normals")}, {}, None, Rng.at(0, 0, 1))
+
+
+# The tokenizer: counted from the official module; the transformers: with a row for "no class", which the released ones lack.
+PUBLISHED = {"octree-vq-large": 33_802_418, "octgpt-shapenet": 170_291_778, "octgpt-objaverse": 440_362_050}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_at_full_size_have_the_published_number_of_parameters(name):
+    recipe = config.load(resolve(name))
+    with torch.device("meta"):
+        if "type" in recipe["tokenizer"]:
+            model = registry.build("tokenizer", recipe["tokenizer"], image_channels=3)
+        else:
+            model = registry.build("backbone", recipe["backbone"], bits=32, full_depth=3, code_depth=6, num_classes=0)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
