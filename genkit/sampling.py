@@ -56,6 +56,8 @@ def sample(
     sampler: Sequence[str] = (),
     size: str | Sequence[int] | None = None,
     rope: Mapping[str, Any] | None = None,
+    known: str | Path | None = None,
+    keep: str | None = None,
     ema: bool = True,
     batch_size: int = 64,
     device: str | None = None,
@@ -71,6 +73,7 @@ def sample(
         sampler: changes of the recipe's section `sampler`: "type=euler", "reuse.type=skip_blocks".
         size: pixels, "48x64" or (Y, X), rows x columns; by default as trained.
         rope: how rotary positions meet another size, see GeneratorPipeline.generate.
+        known, keep: of masked generators, an image and which of its pixels stay, see genkit.editing.mask_of; the others are drawn.
         out: folder; by default RUN/samples/seed-SEED, with the size in its name if there is one.
 
     Returns: images, out, grid, json (paths) and seconds.
@@ -91,7 +94,8 @@ def sample(
         raise UsageError(f"-n {count}: at least one sample is needed")
     all_labels = [chosen[i % len(chosen)] for i in range(count)]
     seeds = sample_seeds(seed, 0, count)
-    folder = Path(out) if out is not None else Path(run) / "samples" / f"seed-{seed}{named_size(size, rope)}"
+    edit = "" if known is None else f"-{Path(known).stem}"
+    folder = Path(out) if out is not None else Path(run) / "samples" / f"seed-{seed}{named_size(size, rope)}{edit}"
     settings = {
         "run": str(run),
         "checkpoint": pipeline.folder.parent.name,
@@ -102,8 +106,15 @@ def sample(
         **({} if size is None else {"size": list(parse_size(size))}),
         **({"rope": dict(rope)} if rope else {}),
     }
-    if size is not None:
-        pipeline.grid_of(size)
+    grid = None if size is None else pipeline.grid_of(size)
+    edited = None
+    if known is not None or keep is not None:
+        from genkit import editing
+
+        if known is None or keep is None:
+            raise UsageError("--known IMAGE and --keep MASK go together: an image, and which of its pixels stay")
+        edited = editing.read(pipeline, known, keep, grid)
+        settings["known"] = edited.record
     names = [f"{i:06d}.png" for i in range(count)]
     rows = [
         {"file": name, "label": label, "class": pipeline.class_names[label] if label >= 0 else None, "seed": seed}
@@ -125,7 +136,9 @@ def sample(
             sampler=sampler,
             size=size,
             rope=rope,
+            start=None if edited is None else edited.start.expand(len(part), -1, -1, -1),
         )
+        x = x if edited is None else edited.paste(x)
         for i, picture in zip(part, images.to_pil(x), strict=True):
             images.write_png(folder / names[i], picture)
     state.wait_for_everyone()

@@ -34,6 +34,7 @@ class MAR:
     """
 
     target = "z"
+    fills_holes = True  # sampling may start from what is known of an image
     draws_tokens = True  # its predictor draws tokens, see genkit.interfaces.PredictTokens
 
     def __init__(

@@ -38,6 +38,7 @@ class Masked:
     """
 
     target = "ids"  # what of the data it learns
+    fills_holes = True  # sampling may start from what is known of an image
 
     def __init__(
         self,
