@@ -282,7 +282,7 @@ def lamp(dice: Dice) -> Design:
         parts.append(Lathe(ring, (x, y, 0)))
         # Spokes hold the shade.
         parts.append(_rod((x, height, 0), (x, y + tall * 0.62, 0), rod))
-        reach = small + (wide - small) * 0.38 - thick * 0.6
+        reach = small + (wide - small) * 0.38 - thick * 0.5 - rod * 0.9
         hold = y + tall * 0.62
         parts += [_rod((x - reach, hold, 0), (x + reach, hold, 0), rod * 0.9)]
         parts += [_rod((x, hold, -reach), (x, hold, reach), rod * 0.9)]

@@ -1,0 +1,33 @@
+"""What every reader returns: positions, and polygons of any number of corners, not yet checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Polygons:
+    """Args:
+    vertices: [V, 3] float64.
+    corners: [sum of sizes] int64, rows of `vertices`, polygon after polygon.
+    sizes: [polygons] int64, at least 3 each.
+    """
+
+    vertices: np.ndarray
+    corners: np.ndarray
+    sizes: np.ndarray
+
+    def triangles(self) -> np.ndarray:
+        """[F, 3]: every polygon as a fan around its first corner, in order."""
+        first = np.cumsum(self.sizes) - self.sizes
+        each = self.sizes - 2
+        start = np.repeat(first, each)
+        step = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)
+        return np.stack([self.corners[start], self.corners[start + step + 1], self.corners[start + step + 2]], 1)
+
+
+def of_triangles(vertices: np.ndarray, faces: np.ndarray) -> Polygons:
+    """From faces [F, 3]."""
+    return Polygons(vertices.astype(np.float64), faces.reshape(-1).astype(np.int64), np.full(len(faces), 3, np.int64))
