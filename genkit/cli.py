@@ -228,6 +228,11 @@ def _launch(args: argparse.Namespace) -> int:
         metavar="MASK",
         help="which pixels of it: left, right, top, bottom, center, a box Y0:Y1,X0:X1, several joined by +, 'not ...', or an image",
     ),
+    argument("--format", default="ply", help="of shapes: ply, obj, glb, stl or off (default: ply)"),
+    argument(
+        "--resolution", type=int, metavar="CELLS", help="of shapes: cells along a side that a surface is looked for in"
+    ),
+    argument("--turntable", action="store_true", help="of shapes: a GIF of each as well"),
     argument("-o", "--out", metavar="DIR", help="default: a folder in the run"),
     RAW,
     BATCH_SIZE,
@@ -249,11 +254,18 @@ def sample(args: argparse.Namespace) -> Answer:
         rope=_rope(args),
         known=args.known,
         keep=args.keep,
+        format=args.format,
+        resolution=args.resolution,
+        turntable=args.turntable,
         ema=not args.raw,
         batch_size=args.batch_size,
         device=args.device,
     )
     seconds = console.duration(found["seconds"])
+    if "shapes" in found:
+        none = "".join(f"\n{name} has no surface and was not written" for name in found["empty"])
+        told = f"{found['shapes']} shapes in {found['out']} after {seconds}{none}"
+        return Answer(found, f"{told}\ncontact sheet {found['grid']}\nseeds {found['json']}")
     return Answer(
         found,
         f"{found['images']} images in {found['out']} after {seconds}\ngrid {found['grid']}\nseeds {found['json']}",

@@ -29,6 +29,7 @@ from genkit.guidance import Guidance, guide
 from genkit.interfaces import OnStep
 from genkit.nn.extrapolation import extrapolating
 from genkit.nn.layout import dense_layout
+from genkit.nn.packed import packed
 from genkit.rng import Rng
 from genkit.weights import module_sha256
 
@@ -114,8 +115,9 @@ class GeneratorPipeline(DiffusionPipeline):
         size: str | Sequence[int] | None = None,
         rope: Mapping[str, Any] | None = None,
         start: Tensor | None = None,
+        resolution: int | None = None,
         on_step: OnStep | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """Samples by label and seed: the same pair gives the same image in any batch.
 
         Args:
@@ -128,6 +130,8 @@ class GeneratorPipeline(DiffusionPipeline):
                 nn.extrapolation; None = as the recipe says.
             start: of masked generators, what is known: ids [B, Q, *grid] with -1, or latents [B, C, *grid] with NaN, where they are to be found
                 (genkit/editing.py makes it of an image).
+
+            resolution: of shapes, cells along a side in which their surface is looked for; None = the tokenizer's.
 
         Returns: [B, C, Y, X] in [-1, 1]; of shapes a list of B meshes.
         Raises: UsageError for what does not fit the model.
@@ -163,11 +167,11 @@ class GeneratorPipeline(DiffusionPipeline):
             how,
             reuse.start(weak) if wraps and weak is not None else weak,
         )
-        with contextlib.ExitStack() as stack:
+        with packed(self.backbone, weak), contextlib.ExitStack() as stack:
             for network in [self.backbone] if weak is None else [self.backbone, weak]:
                 stack.enter_context(extrapolating(network, rope or {}))
             if hasattr(self.tokenizer, "meshes"):
-                return self.tokenizer.meshes(draw(predict, predict.start(len(labels)), rng, on_step))
+                return self.tokenizer.meshes(draw(predict, predict.start(len(labels)), rng, on_step), resolution)
             if objective.target == "ids":
                 shape = getattr(predict, "shape", (self.tokenizer.num_levels, *grid))
                 if start is None:

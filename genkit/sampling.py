@@ -58,6 +58,9 @@ def sample(
     rope: Mapping[str, Any] | None = None,
     known: str | Path | None = None,
     keep: str | None = None,
+    format: str = "ply",
+    resolution: int | None = None,
+    turntable: bool = False,
     ema: bool = True,
     batch_size: int = 64,
     device: str | None = None,
@@ -74,9 +77,10 @@ def sample(
         size: pixels, "48x64" or (Y, X), rows x columns; by default as trained.
         rope: how rotary positions meet another size, see GeneratorPipeline.generate.
         known, keep: of masked generators, an image and which of its pixels stay, see genkit.editing.mask_of; the others are drawn.
+        format, resolution, turntable: of shapes, see genkit.shapes.write_samples.
         out: folder; by default RUN/samples/seed-SEED, with the size in its name if there is one.
 
-    Returns: images, out, grid, json (paths) and seconds.
+    Returns: images (of shapes: shapes, and the files of those without a surface as empty), out, grid, json (paths) and seconds.
     """
     from accelerate import PartialState
 
@@ -106,6 +110,14 @@ def sample(
         **({} if size is None else {"size": list(parse_size(size))}),
         **({"rope": dict(rope)} if rope else {}),
     }
+    if hasattr(pipeline.tokenizer, "meshes"):
+        if size is not None or known is not None or rope:
+            raise UsageError("--size, --rope and --known are for images; this model draws shapes")
+        from genkit import shapes
+
+        drawing = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        how = {"format": format, "batch_size": batch_size, "resolution": resolution, "turntable": turntable}
+        return shapes.write_samples(pipeline, state, folder, settings, all_labels, seeds, **how, **drawing)
     grid = None if size is None else pipeline.grid_of(size)
     edited = None
     if known is not None or keep is not None:
@@ -121,7 +133,7 @@ def sample(
         for name, label, seed in zip(names, all_labels, seeds, strict=True)
     ]
     if state.is_main_process:
-        _claim(folder, {**settings, "samples": rows})
+        claim(folder, {**settings, "samples": rows})
     state.wait_for_everyone()
 
     started = time.perf_counter()
@@ -156,7 +168,7 @@ def sample(
     }
 
 
-def _claim(folder: Path, record: dict[str, Any]) -> None:
+def claim(folder: Path, record: dict[str, Any]) -> None:
     """Make the folder this call's own: continue the same samples, refuse to mix with others."""
     path = folder / "samples.json"
     if path.exists():

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from genkit import images
+from genkit.console import Progress
+from genkit.errors import UsageError, nearest
 from genkit.rng import sample_seeds
+
+_SHOWN = 96  # shapes in a contact sheet
 
 
 def picture(job: Any, held_out: Any, count: int) -> Any:
@@ -25,3 +33,97 @@ def picture(job: Any, held_out: Any, count: int) -> Any:
     seeds = sample_seeds(job.config["train"]["seed"], 0, count)
     found: Any = pipeline_of(job).generate(labels, seeds)
     return contact_sheet(found, columns=min(count, 6))
+
+
+def write_samples(
+    pipeline: Any,
+    state: Any,
+    folder: Path,
+    settings: dict[str, Any],
+    labels: list[int],
+    seeds: list[int],
+    *,
+    format: str,
+    batch_size: int,
+    resolution: int | None,
+    turntable: bool,
+    **drawing: Any,
+) -> dict[str, Any]:
+    """Write a mesh per sample, a contact sheet with one row per class, and samples.json: `genkit sample` of a generator of shapes.
+
+    Sample i is the same for any batch size and number of processes; an interrupted call continues when it is repeated. A sample whose function has no
+    surface is reported and not written.
+
+    Args:
+        folder: claimed for exactly these samples.
+        settings: what samples.json says beside the samples.
+        format: end of the files' names, of genkit.meshes.storage.FORMATS.
+        resolution: cells along a side, see OctreeVQ.meshes.
+        turntable: also a GIF of each shape.
+        drawing: steps, guidance and sampler, for GeneratorPipeline.generate.
+
+    Returns: shapes, out, grid, json (paths), empty (files that were not written), seconds.
+    """
+    from genkit.meshes import pictures, storage
+    from genkit.meshes.mesh import Mesh
+    from genkit.sampling import claim
+
+    if format not in storage.FORMATS:
+        raise UsageError(f"--format {format} is not known; {nearest(format, list(storage.FORMATS))}")
+    names = [f"{i:06d}.{format}" for i in range(len(labels))]
+    rows = [
+        {"file": name, "label": label, "class": pipeline.class_names[label] if label >= 0 else None, "seed": seed}
+        for name, label, seed in zip(names, labels, seeds, strict=True)
+    ]
+    settings |= {"resolution": resolution} if resolution is not None else {}
+    if state.is_main_process:
+        claim(folder, {**settings, "samples": rows})
+    state.wait_for_everyone()
+    started = time.perf_counter()
+    todo = [i for i, name in enumerate(names) if not (folder / name).exists()]
+    todo = todo[state.process_index :: state.num_processes]
+    with Progress(total=len(todo), unit="shapes", title="sample") as progress:
+        for first in range(0, len(todo), batch_size):
+            part = todo[first : first + batch_size]
+            found = pipeline.generate(
+                torch.tensor([labels[i] for i in part]), [seeds[i] for i in part], resolution=resolution, **drawing
+            )
+            for i, mesh in zip(part, found, strict=True):
+                if not len(mesh.faces):
+                    progress.line(f"{names[i]} is not written: the decoded function has no surface (seed {seeds[i]})")
+                    continue
+                storage.save(mesh, folder / names[i])
+                if turntable:
+                    pictures.write_turntable(folder / f"{i:06d}.gif", mesh)
+            progress.advance(len(part))
+    state.wait_for_everyone()
+    seconds = time.perf_counter() - started
+    empty = [name for name in names if not (folder / name).exists()]
+    if state.is_main_process:
+        nothing = Mesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64))
+        shown = range(min(len(names), _SHOWN))
+        meshes = [nothing if names[i] in empty else storage.load(folder / names[i]) for i in shown]
+        images.write_png(folder / "grid.png", class_sheet(meshes, [labels[i] for i in shown], pipeline.class_names))
+    return {
+        "shapes": len(names) - len(empty),
+        "out": str(folder),
+        "grid": str(folder / "grid.png"),
+        "json": str(folder / "samples.json"),
+        "empty": empty,
+        "seconds": seconds,
+    }
+
+
+def class_sheet(meshes: list[Any], labels: list[int], class_names: Sequence[str], columns: int = 8) -> Any:
+    """A contact sheet with one named row per class, at most `columns` of each; about square without classes."""
+    from genkit.meshes.mesh import Mesh
+    from genkit.meshes.pictures import contact_sheet
+
+    distinct = list(dict.fromkeys(labels))
+    if distinct == [-1]:
+        return contact_sheet(meshes)
+    rows = [[m for m, label in zip(meshes, labels, strict=True) if label == row][:columns] for row in distinct]
+    width = max(map(len, rows))
+    nothing = Mesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64))
+    filled = [mesh for row in rows for mesh in [*row, *[nothing] * (width - len(row))]]
+    return contact_sheet(filled, columns=width, row_names=[class_names[i] if i >= 0 else "any" for i in distinct])
