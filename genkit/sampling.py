@@ -115,8 +115,8 @@ def sample(
             raise UsageError("--size, --rope and --known are for images; this model draws shapes")
         from genkit import shapes
 
-        drawing = {"steps": steps, "guidance": guidance, "sampler": sampler}
-        how = {"format": format, "batch_size": batch_size, "resolution": resolution, "turntable": turntable}
+        drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        how: dict[str, Any] = {"format": format, "batch_size": batch_size, "resolution": resolution, "turntable": turntable}
         return shapes.write_samples(pipeline, state, folder, settings, all_labels, seeds, **how, **drawing)
     grid = None if size is None else pipeline.grid_of(size)
     edited = None
