@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from genkit.samplers.dopri5 import Dopri5
 from genkit.samplers.dpmpp import Dpmpp
 from genkit.samplers.euler import Euler
 from genkit.samplers.heun import Heun
+from genkit.samplers.scheduler import Scheduler
 from genkit.samplers.sde import Sde
 
 PATHS: dict[str, Path] = {
@@ -83,20 +86,84 @@ def test_spaced_times_of_the_chain_are_those_of_the_released_code():
     torch.testing.assert_close(abar, torch.tensor([0.9999, 0.0785872, 4.03583e-5]).double(), rtol=2e-6, atol=0)
 
 
+def adapted(name: str, **options: Any) -> Any:
+    return partial(Scheduler, name=name, options=options)
+
+
 # Order of convergence: halving the steps' size divides the error by 2^order. The paths' ends cost some of it, hence the margins.
 @pytest.mark.parametrize(
     ("make", "order", "names"),
     [
-        (Euler, 1, ["straight", "trigonometric", "exploding", "cosine"]),
-        (Heun, 2, ["straight", "trigonometric", "exploding"]),
-        (Dpmpp, 2, ["exploding"]),
+        (Euler, 1, ["straight", "shifted", "trigonometric", "exploding", "discrete", "cosine"]),
+        (Heun, 2, ["straight", "shifted", "trigonometric", "exploding"]),
+        (Dpmpp, 2, ["exploding", "discrete", "cosine"]),
+        (adapted("DDIMScheduler", timestep_spacing="trailing"), 1, ["discrete"]),
+        (adapted("FlowMatchEulerDiscreteScheduler"), 1, ["straight"]),
+        (adapted("FlowMatchHeunDiscreteScheduler"), 2, ["straight"]),
     ],
 )
 def test_order_of_convergence(make, order, names):
     for name in names:
         coarse, fine = (error(make(num_steps=n), PATHS[name]) for n in (40, 80))
         measured = math.log2(coarse / fine)
-        assert measured > order - 0.25, f"{make.__name__} on {name}: order {measured:.2f}"
+        assert measured > order - 0.25, f"{make} on {name}: order {measured:.2f}"
+
+
+@pytest.mark.parametrize("name", ["straight", "trigonometric"])
+def test_dopri5_has_at_least_its_order(name):
+    """Over five decades of tolerance a method of order p calls the model 10^(5 / p) times as often."""
+    path = PATHS[name]
+    found = []
+    for rtol in (1e-3, 1e-8):
+        exact = Exact(path)
+        x = Dopri5(rtol=rtol, atol=rtol / 10)(exact, start(), Rng.at(0, 0, 64))
+        found.append((exact.calls, float((x - solution(path, start())).abs().mean())))
+    (calls, coarse), (more_calls, fine) = found
+    assert math.log(coarse / fine) / math.log(more_calls / calls) > 5
+
+
+class Impulses:
+    """A batch for num_steps steps with fresh noise: sample 0 gets none, sample 1 starts from 1, sample 2 + k gets noise 1 in step k alone."""
+
+    def __init__(self, num_steps: int):
+        self.num_steps, self.step = num_steps, 0
+        self.start = torch.eye(num_steps + 2, dtype=torch.float64)[:, 1].view(-1, 1, 1, 1)
+
+    def fork(self, word: str) -> Impulses:
+        return self
+
+    def normal(self, *shape: int) -> Tensor:
+        self.step += 1
+        return torch.eye(self.num_steps + 2, dtype=torch.float64)[:, 1 + self.step].view(-1, 1, 1, 1)
+
+
+def law(sampler: Any, path: Path) -> tuple[float, float]:
+    """Mean and standard deviation of what a sampler draws, without drawing: of Gaussian data its result is linear in every noise it is given."""
+    noises = Impulses(sampler.num_steps)
+    found = sampler(Exact(path), noises.start, noises)[:, 0, 0, 0]
+    return float(found[0]), float((found[1:] - found[0]).square().sum().sqrt())
+
+
+@pytest.mark.parametrize("name", ["straight", "trigonometric", "cosine", "exploding"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Ancestral,
+        partial(Ancestral, variance="large"),
+        partial(Sde, diffusion="constant", last=1e-3),
+    ],
+)
+def test_stochastic_samplers_come_closer_to_the_data_with_order_one(make, name):
+    (mean, coarse), (_, fine) = (law(make(num_steps=n), PATHS[name]) for n in (80, 160))
+    assert abs(mean - MEAN) < 2e-3
+    assert math.log2(abs(coarse - STD) / abs(fine - STD)) > 0.75
+
+
+def test_noise_of_the_sde_changes_nothing_of_what_is_drawn():
+    for scale in (0.0, 0.5, 1.0):
+        mean, std = law(Sde(num_steps=400, last=1e-3, scale=scale), Straight())
+        assert abs(mean - MEAN) < 1e-3
+        assert abs(std - STD) < 3e-3
 
 
 @pytest.mark.parametrize("name", list(PATHS))
