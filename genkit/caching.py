@@ -36,6 +36,9 @@ def token_dataset(config: Mapping[str, Any], tokenizer: Any, fingerprint: str, r
     from genkit.data.untokenized import Pixelwise
 
     dataset = registry.build("data", config["data"])
+    if isinstance(dataset, Tokens):
+        check_cache(dataset, tokenizer, fingerprint, config)
+        return dataset
     if "type" in config["tokenizer"]:
         return Pixelwise(dataset, float(tokenizer.pixel_std))
     name = f"{config['data']['type']}-{Path(config['tokenizer']['from']).name}"
@@ -57,6 +60,21 @@ def token_dataset(config: Mapping[str, Any], tokenizer: Any, fingerprint: str, r
     return Tokens(path=str(path))
 
 
+def check_cache(tokens: Any, tokenizer: Any, fingerprint: str, config: Mapping[str, Any]) -> None:
+    """Raises UsageError for a cache named as the data that another tokenizer made: its latents mean something else to this one."""
+    if "type" in config["tokenizer"]:
+        raise UsageError(
+            f"data.path={tokens.path} holds what a tokenizer made, and tokenizer.type={config['tokenizer']['type']} works on images; "
+            "set tokenizer.from to the tokenizer's run, or data to the images"
+        )
+    if tokens.meta["tokenizer_fingerprint"] != fingerprint:
+        raise UsageError(
+            f"data.path={tokens.path} is stale: it was made by a tokenizer with weights {tokens.meta['tokenizer_fingerprint'][:8]}, and tokenizer.from="
+            f"{config['tokenizer']['from']} has {fingerprint[:8]} now. Make it again with `genkit cache` from a recipe whose data are the images, or "
+            "name the tokenizer it was made by"
+        )
+
+
 def cache(
     config: str | Path | Mapping[str, Any],
     overrides: Sequence[str] | Mapping[str, Any] = (),
@@ -66,7 +84,10 @@ def cache(
 ) -> dict[str, Any]:
     """Encode the data of a generator's recipe with its tokenizer. Training does the same when it finds no cache.
 
-    Returns: path, number of samples, grid, codebook usage and perplexity.
+    An interrupted call continues when it is repeated.
+
+    Returns: path, number of samples, grid, whether mirrored images are in it; of ids codebook usage and perplexity, of continuous latents their mean and
+        standard deviation channel by channel.
     """
     resolved = configs.resolve(config, overrides)
     if resolved.task != "generate":
@@ -77,7 +98,8 @@ def cache(
         raise UsageError(f"{resolved.file} works on pixels; there is nothing to encode")
     tokenizer, fingerprint = tokenizer_of(resolved, device or "cpu")
     tokens = token_dataset(resolved, tokenizer, fingerprint, Path(out), device or "cpu")
-    figures = {
-        key: tokens.meta[key] for key in ("grid", "codebook_size", "codebook_usage", "perplexity") if key in tokens.meta
-    }
+    keys = ["grid", "mirrored", *(("codebook_size", "codebook_usage", "perplexity") if tokens.word == "ids" else ())]
+    figures = {key: tokens.meta[key] for key in keys if key in tokens.meta}
+    if tokens.word == "z":
+        figures |= {key: [round(value, 4) for value in tokens.meta[key]] for key in ("latent_mean", "latent_std")}
     return {"path": str(tokens.path), "samples": len(tokens), **figures}

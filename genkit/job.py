@@ -57,6 +57,18 @@ class Job:
             return self.layout
         return padded_layout(tuple(target.shape[2:]), batch["size"])
 
+    def target_of(self, batch: dict[str, Any]) -> Any:
+        """What of a batch the objective learns. A cache of ids serves objectives of latents too: codes are looked up as they are needed."""
+        word = self.objective.target
+        if word == "batch":
+            return batch
+        if word != "z" or "z" in batch or "ids" not in batch:
+            return batch[word]
+        z = self.tokenizer.codes(batch["ids"])
+        layout = self.layout_of(batch, z)
+        assert layout is not None
+        return z if layout.valid is None else torch.where(layout.valid.unflatten(1, z.shape[2:]).unsqueeze(1), z, 0)
+
     @property
     def total_samples(self) -> int:
         """`num_samples` in whole batches."""

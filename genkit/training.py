@@ -112,7 +112,7 @@ def loop(job: Job, progress: Progress, stop: list[int]) -> None:
             rng = Rng.at(settings["seed"], int(batch["position"][0]), len(batch["position"]), accelerator.device)
             cond = {"label": batch["label"]} if job.tokenizer is not None else {}
             with accelerator.autocast():
-                target = batch if job.objective.target == "batch" else batch[job.objective.target]
+                target = job.target_of(batch)
                 losses = job.objective(job.wrapped, target, cond, job.layout_of(batch, target), rng)
                 loss = torch.stack([value.mean() for name, value in losses.items() if name[0] != "_"]).sum()
             accelerator.backward(loss)

@@ -109,15 +109,19 @@ def _in_batches(mixed: np.ndarray, rows: list[np.ndarray], batch_size: int, rng:
 
 
 def read_all(
-    dataset: Dataset, batch_size: int, num_workers: int = 0, device: torch.device | str | None = None
+    dataset: Dataset,
+    batch_size: int,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    first: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """The whole dataset once, in its own order, unflipped: for caching and evaluation.
+    """The whole dataset once, from its sample `first` on, in its own order, unflipped: for caching and evaluation.
 
     Yields the same parts as `batches`, without "position". Corrupt samples are left out, so that a batch may be smaller
     than `batch_size`; "index" tells which samples are there.
     """
-    starts = range(0, len(dataset), batch_size)
-    requests = (np.arange(first, min(first + batch_size, len(dataset)), dtype=np.int64) for first in starts)
+    starts = range(first, len(dataset), batch_size)
+    requests = (np.arange(start, min(start + batch_size, len(dataset)), dtype=np.int64) for start in starts)
     for batch in _load(_InOrder(dataset), requests, num_workers, device):
         if len(batch["index"]):
             yield batch

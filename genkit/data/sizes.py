@@ -10,12 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from genkit.errors import UsageError
-from genkit.interfaces import DataInfo
 
 Size = tuple[int, int]  # (Y, X)
 
@@ -42,8 +40,11 @@ def show_size(size: Sequence[int]) -> str:
 def named_size(size: str | Sequence[int] | None, rope: Mapping[str, Any] | None) -> str:
     """What tells files of one run apart: "-48x64-ntk-paper"; empty for the trained size."""
     words = [] if size is None else [show_size(parse_size(size))]
+    asked = {"method": None, "gain": None} | dict(rope or {})
     words += [
-        {"per_axis": "axes" if value else "longest"}.get(key, str(value)) for key, value in sorted((rope or {}).items())
+        {"per_axis": "axes" if value else "longest"}.get(key, str(value))
+        for key, value in asked.items()
+        if value is not None
     ]
     return "".join(f"-{word}" for word in words)
 
@@ -51,8 +52,8 @@ def named_size(size: str | Sequence[int] | None, rope: Mapping[str, Any] | None)
 def within_budget(size: Size, budget: int, unit: int) -> Size:
     """The size that an image of `size` is brought to: its own aspect ratio, at most `budget` pixels, sides in multiples of `unit`.
 
-    As FiT (Lu et al., 2024): larger images shrink to the budget, smaller ones are never enlarged, both sides are rounded down, and a side below one
-    unit becomes one unit. Unlike there, the other side is then cut to the budget too.
+    As FiT (Lu et al., 2024): larger images shrink to the budget, smaller ones stay as they are, both sides are rounded down, and only an image narrower
+    than one unit grows to that. Unlike there, its other side is then cut to the budget.
     """
     y, x = float(size[0]), float(size[1])
     scale = min(1.0, math.sqrt(budget / (y * x)))
@@ -83,18 +84,3 @@ def pad_batch(images: Sequence[Tensor], sides: Size | None = None) -> tuple[Tens
 def one_by_one(x: Tensor, sizes: Tensor) -> list[Tensor]:
     """The inverse of pad_batch: views [C, y, x]."""
     return [row[:, :y, :x] for row, (y, x) in zip(x, sizes.tolist(), strict=True)]
-
-
-def buckets(sizes: np.ndarray) -> np.ndarray:
-    """sizes [N, 2] -> the number of each sample's size among the distinct ones, [N] int64."""
-    return np.unique(sizes, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
-
-
-def check_unit(info: DataInfo, stride: int, patch: Sequence[int], keys: str = "data.unit") -> None:
-    """Raises UsageError where samples in sizes of their own do not fill whole patches of a tokenizer's cells."""
-    for axis, side in enumerate(patch):
-        if info.unit % (stride * side):
-            raise UsageError(
-                f"sides of these images are multiples of {info.unit}, but {'columns' if axis else 'rows'} need multiples of {stride * side} "
-                f"(the tokenizer's stride {stride} times patches of {side}); set {keys} to one, or sizes whose sides are"
-            )

@@ -116,6 +116,10 @@ def from_spec(spec: dict[str, Any], split: str | None = None) -> Images:
             spec = registry.check("data", {**spec, "split": split}, "data")
         elif split != "train":
             raise UsageError(f"data.type={spec['type']} has no split '{split}'; name another reference")
+    if spec["type"] == "tokens":
+        raise UsageError(
+            f"data.path={spec['path']} holds latents and no images; name what to compare with: --ref FOLDER, or --ref with a dataset's word"
+        )
     if "flip" in spec:
         spec = {**spec, "flip": False}
     if spec.get("sizes") or spec.get("aspect", "crop") != "crop":
