@@ -86,6 +86,7 @@ def verify(
         guidance=settings["guidance"],
         size=settings.get("size"),
         rope=settings.get("rope"),
+        sampler=settings.get("sampler_changes", ()),
         ema=settings["ema"],
         device=device,
         batch_size=batch_size,

@@ -54,6 +54,7 @@ def evaluate(
     guidance: float | None = None,
     size: str | Sequence[int] | None = None,
     rope: Mapping[str, Any] | None = None,
+    sampler: Sequence[str] = (),
     ema: bool = True,
     device: str | torch.device | None = None,
     out: str | Path | None = None,
@@ -76,6 +77,7 @@ def evaluate(
         seed: sample i is generated from the seed `seed * 2^32 + i`.
         steps, guidance: instead of the sampler's own.
         size, rope: of a generator's images, see GeneratorPipeline.generate; its data are then brought to this size too.
+        sampler: changes of a generator's section `sampler`: "type=euler", "rtol=0.01".
         ema: averaged weights where the target is a path and has some.
         device: by default a path is evaluated on the GPU where there is one, a pipeline object where it is.
         out: file for the report as JSON. By default, of a run directory eval/STEP.json in it, or eval/STEP-PROTOCOL-COUNT.json where protocol,
@@ -93,7 +95,7 @@ def evaluate(
     place = _device(target, device)
     plan = protocols.find(protocol) if protocol is not None else None
     labels = labels or (plan.labels if plan else "balanced")
-    sampling = Sampling(seed, steps, guidance, labels, size, rope)
+    sampling = Sampling(seed, steps, guidance, labels, size, rope, tuple(sampler))
     subject = open_subject(target, sampling, ema=ema, device=place, weights=weights)
     specs = _specs(subject, plan, metrics, reference, weights)
     total = _how_many(subject, plan, count, specs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,12 +67,14 @@ class Sampling:
     labels: Labels
     size: str | Sequence[int] | None = None
     rope: Mapping[str, Any] | None = None
+    sampler: Sequence[str] = ()
 
     @property
     def suffix(self) -> str:
         """What tells reports of one checkpoint apart in their file names: "-steps8-guidance2"; empty for the sampler's own."""
         parts = [("steps", self.steps), ("guidance", self.guidance), ("seed", self.seed or None)]
         named = "".join(f"-{name}{value:g}" for name, value in parts if value is not None)
+        named += "".join(f"-{re.sub(r'[^A-Za-z0-9_.]+', '-', change).strip('-')}" for change in self.sampler)
         return named + ("-random" if self.labels == "random" else "") + named_size(self.size, self.rope)
 
 
@@ -138,6 +141,7 @@ def _of_generator(pipe: Any, config: dict[str, Any], sampling: Sampling, weights
     data = config["data"] if size is None else sources.at_size(config["data"], size)
     asked: dict[str, Any] = {"size": size} if size is not None else {}
     asked |= {"rope": dict(sampling.rope)} if sampling.rope else {}
+    changes: dict[str, Any] = {"sampler": list(sampling.sampler)} if sampling.sampler else {}
 
     def batch(first: int, last: int) -> dict[str, Any]:
         seeds = sample_seeds(sampling.seed, first, last - first)
@@ -147,10 +151,12 @@ def _of_generator(pipe: Any, config: dict[str, Any], sampling: Sampling, weights
             label = Rng(seeds).fork("label").integers(classes, 1)[:, 0]
         else:
             label = torch.arange(first, last) % classes
-        fake = pipe.generate(label, seeds, steps=sampling.steps, guidance=sampling.guidance, **asked)
+        fake = pipe.generate(label, seeds, steps=sampling.steps, guidance=sampling.guidance, **asked, **changes)
         return {"fake": fake, "label": label}
 
     sampler = getattr(pipe, "sampler", None) or config["sampler"]
+    if changes:
+        sampler = pipe.chosen_sampler(sampling.sampler)
     steps = sampling.steps if sampling.steps is not None else sampler.get("num_steps")
     guidance = sampling.guidance if sampling.guidance is not None else sampler.get("guidance")
     modules = _modules(pipe)
@@ -160,6 +166,7 @@ def _of_generator(pipe: Any, config: dict[str, Any], sampling: Sampling, weights
         f"{sampler['type']} steps={steps} guidance={guidance}",
         f"seed {sampling.seed}",
     ]
+    about += [f"sampler {' '.join(sampling.sampler)}"] if changes else []
     about += [f"size {show_size(size)}"] if size is not None else []
     about += [f"rope {' '.join(f'{key}={value}' for key, value in sampling.rope.items())}"] if sampling.rope else []
     if size is not None:
@@ -184,7 +191,8 @@ def _of_generator(pipe: Any, config: dict[str, Any], sampling: Sampling, weights
         notes=lambda: _judge_notes(config["data"]),
         identity=_place(pipe)
         | {"weights_sha256": sha, "sampler": sampler["type"], "num_steps": steps, "guidance": guidance}
-        | asked,
+        | asked
+        | ({"sampler_changes": changes["sampler"]} if changes else {}),
     )
 
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from genkit import config
 from genkit.data.fashion import CLASS_NAMES, Fashion
 from genkit.errors import GenkitError, UsageError
 from genkit.evaluation import evaluate
 from genkit.images import to_uint8
 from genkit.interfaces import Encoded
 from genkit.metrics.frechet import Frechet
+from genkit.subjects import Sampling
 
 DATA = {"type": "fashion", "source": "embedded", "split": "train", "size": None}
 VAL = Fashion(source="embedded", split="val")
@@ -48,6 +50,17 @@ class Generator:
         self.calls.append((len(labels), steps, guidance))
         own = [OF_CLASS[c] for c in labels.tolist()]
         return IMAGES[torch.stack([rows[seed // 10 % len(rows)] for rows, seed in zip(own, seeds, strict=True)])]
+
+
+class Choosing(Generator):
+    """A generator whose sampler may be changed."""
+
+    def chosen_sampler(self, changes):
+        return config.with_sampler({"type": "euler", "num_steps": 5, "guidance": 2.0}, changes)
+
+    def generate(self, labels, seeds, *, steps=None, guidance=None, sampler=()):
+        self.changes = list(sampler)
+        return super().generate(labels, seeds, steps=steps, guidance=guidance)
 
 
 class Identity(torch.nn.Module):
@@ -205,6 +218,19 @@ def test_report_of_a_run_is_kept_in_it_by_step(tmp_path, monkeypatch):
     report = evaluate(tmp_path, count=20, metrics=["class_accuracy"], ema=False)
     assert asked == [(tmp_path, False)]
     assert json.loads((tmp_path / "eval" / "0000005-raw-class_accuracy-20.json").read_text()) == report.to_dict()
+
+
+def test_another_sampler_is_asked_for_told_and_kept_apart():
+    changes = ["type=heun", "num_steps=9", "reuse={type: skip_blocks}"]
+    pipe = Choosing()
+    report = evaluate(pipe, count=10, metrics=["class_accuracy"], sampler=changes)
+    assert pipe.changes == changes
+    assert "heun steps=9 guidance=2.0" in report.rows[0]["protocol"]
+    assert f"sampler {' '.join(changes)}" in report.rows[0]["protocol"]
+    assert report.settings["sampler_changes"] == changes
+    assert Sampling(0, None, None, "balanced", sampler=("type=heun", "rtol=0.1")).suffix == "-type-heun-rtol-0.1"
+    with pytest.raises(UsageError, match=r"unknown key sampler\.rtol"):
+        evaluate(Choosing(), count=10, metrics=["class_accuracy"], sampler=["rtol=0.1"])
 
 
 def images_of(path: Path, *sizes, mode="L"):
