@@ -138,17 +138,24 @@ def generator_of(
             "these weights draw latents; give the tokenizer that makes images of them: --tokenizer RUN, for one imported before, such as by diffusers-kl"
         )
     coder = open_run(tokenizer).tokenizer
-    for name, told in (
+    for key, told in (
         ("channels", "channels of its latents"),
         ("codebook_size", "codes"),
         ("num_levels", "ids per place"),
         ("patch_sizes", "scales"),
     ):
-        wanted, found = backbone.config.get(name), getattr(coder, name, None)
+        wanted, found = backbone.config.get(key), getattr(coder, key, None)
         if wanted is not None and (found is None or _plain(found) != _plain(wanted)):
             raise UsageError(f"--tokenizer {tokenizer}: {told}: {found}, this network needs {wanted}")
     if size is not None and size % coder.stride:
         raise UsageError(f"--size {size} is no multiple of the tokenizer's stride {coder.stride}")
+    trained, num_tokens = tuple(backbone.config["grid"]), getattr(coder, "num_tokens", None)
+    if trained != (num_tokens,) and (num_tokens is not None or len(trained) == 1 and not hasattr(coder, "patch_sizes")):
+        has = f"a row of {num_tokens} tokens" if num_tokens is not None else "a grid of tokens, rows and columns"
+        raise UsageError(
+            f"--tokenizer {tokenizer} makes {has}, this network was trained on {trained}; use the tokenizer it was trained on"
+            + ("" if num_tokens is not None else ", or say image_grid=[rows, columns] in --config")
+        )
     grid = list(backbone.config["grid"]) if size is None else [size // coder.stride] * len(backbone.config["grid"])
     num_classes = backbone.config["num_classes"]
     given = _options(backbone, set(registry.FAMILIES["backbone"][1]))
@@ -157,7 +164,12 @@ def generator_of(
         sampler["guidance"] = 1.0
     checked = configs.resolve(
         {
-            "data": {"type": "folder", "path": data, "size": grid[0] * coder.stride, "channels": 3},
+            "data": {
+                "type": "folder",
+                "path": data,
+                "size": getattr(coder, "image_size", grid[0] * coder.stride),
+                "channels": 3,
+            },
             "tokenizer": {"from": str(tokenizer)},
             "backbone": {"type": kind, **given},
             "objective": sampling["objective"],
