@@ -7,6 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genkit.kernels.octree_cells.op import octree_cells
+from genkit.kernels.octree_neighbours.op import octree_neighbours
+from genkit.kernels.octree_parents.op import octree_parents
+from genkit.kernels.scatter_sum.op import scatter_sum
 from genkit.nn.octree_conv import OctreeConv, OctreeGroupNorm
 from genkit.octree import build, keys, tokens, values
 from genkit.octree.octree import KERNELS, Octree
@@ -237,3 +241,63 @@ def test_sizes_that_do_not_fit_are_refused():
         build.from_points(torch.zeros(1, 3), normals=torch.zeros(2, 3), depth=2)
     with pytest.raises(ValueError, match="unknown or not in this octree"):
         values.input_features(build.from_points(torch.zeros(1, 3), depth=2), "ND")
+
+
+# --- kernels
+
+
+@pytest.mark.parametrize("path", ["cpu", "reference"])
+@pytest.mark.parametrize(("depth", "count"), [(0, 5), (3, 0), (3, 200), (8, 500), (16, 300)])
+def test_cells_of_points(path, depth, count):
+    random = torch.Generator().manual_seed(depth)
+    points = torch.rand(count, 3, generator=random) * 2 - 1
+    points[:3] = torch.tensor([[-1.0, 0.0, 0.9999999], [0.0, 0.0, 0.0], [0.0, -1.0, 0.5]])[: len(points[:3])]
+    samples = torch.randint(0, 3000, (count,), generator=random)
+    for owner in (None, samples):
+        key, number = octree_cells(points, owner, depth, path=path)
+        expected = keys.encode(((points + 1) * 2.0 ** (depth - 1)).long().clamp_max((1 << depth) - 1), owner)
+        assert torch.equal(key[number], expected)
+        assert (key.diff() > 0).all()
+        assert len(number) == 0 or number.max() == len(key) - 1
+
+
+@pytest.mark.parametrize("path", ["cpu", "torch"])
+def test_one_depth_of_neighbours_and_of_parents_equals_the_reference(path):
+    tree = batch(5)
+    for d in (3, 4):
+        parents = tree.neighbours(d)[tree.occupied(d)]
+        found = octree_neighbours(parents, tree.children[d], path=path)
+        assert torch.equal(found, octree_neighbours(parents, tree.children[d], path="reference"))
+        own = tree.keys[d + 1][tree.occupied(d + 1)]
+        if path == "cpu":
+            for ours, theirs in zip(octree_parents(own, path=path), octree_parents(own, path="reference"), strict=True):
+                assert torch.equal(ours, theirs)
+    assert octree_neighbours(
+        torch.zeros(0, 27, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), path=path
+    ).shape == (0, 27)
+    assert [len(x) for x in octree_parents(torch.zeros(0, dtype=torch.int64))] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_rows_are_added_up_where_they_belong(channels):
+    x = torch.randn(50, channels, requires_grad=True)
+    rows = torch.randint(0, 9, (50,), generator=torch.Generator().manual_seed(0)).clamp_min(1)
+    weight = torch.randn(9, channels)
+    found = [scatter_sum(x, rows, 9, path=path) for path in ("cpu", "reference")]
+    torch.testing.assert_close(*found)
+    assert not found[0][0].any()
+    torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in found))
+    torch.library.opcheck(torch.ops.genkit.scatter_sum_cpu, (x, rows, 9))
+
+
+def test_kernels_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="rows reach from 0 to 3, count is 3"):
+        scatter_sum(torch.zeros(4, 1), torch.arange(4), 3)
+    with pytest.raises(ValueError, match="points must be"):
+        octree_cells(torch.zeros(4, 2), None, 3)
+    with pytest.raises(ValueError, match="depth 17"):
+        octree_cells(torch.zeros(4, 3), None, 17)
+    with pytest.raises(ValueError, match="parents must be"):
+        octree_neighbours(torch.zeros(4, 26, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="keys must be"):
+        octree_parents(torch.zeros(4))

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from genkit.kernels.octree_cells.op import octree_cells
+from genkit.kernels.octree_parents.op import octree_parents
+from genkit.kernels.scatter_sum.op import scatter_sum
 from genkit.octree import keys as zorder
 from genkit.octree.octree import Octree
 
@@ -42,36 +45,25 @@ def from_points(
     for name, given in (("normals", normals), ("features", features), ("samples", samples)):
         if given is not None and len(given) != len(points):
             raise ValueError(f"{len(given)} {name} for {len(points)} points")
-    if len(points) and not (points.min() >= -1 and points.max() < 1):  # also false for not-a-number
+    least, greatest = points.aminmax() if len(points) else (0.0, 0.0)
+    if not (least >= -1 and greatest < 1):  # also false for not-a-number
         reason = "are not finite" if not points.isfinite().all() else "reach outside [-1, 1)"
         raise ValueError(f"the points {reason}; scale them into the box first, with a margin")
-    place = (points + 1).mul_(2.0 ** (depth - 1))  # [P, 3] in [0, 2^depth)
-    # (x + 1) rounds to 2 for the last numbers below 1.
-    voxel = place.int().clamp_max_((1 << depth) - 1)
-    key, order = zorder.encode(voxel, samples).sort()
-    first, number = _runs(key)
-    node = key.index_select(0, first)  # occupied nodes, depth after depth
-    number = torch.empty_like(number).index_copy_(0, order, number)  # of the points as they came
+    node, number = octree_cells(points, samples, depth)  # occupied nodes, and which one a point is in
     each = 1 / torch.bincount(number, minlength=len(node)).to(points.dtype)[:, None]
 
     def total(values: Tensor) -> Tensor:
-        return values.new_zeros(len(node), values.shape[1]).index_add_(0, number, values)
+        return scatter_sum(values, number, len(node))
 
     octree = complete(full_depth, batch_size=batch_size, device=points.device)
     octree.depth = depth
-    octree.points = total(place).mul_(each)
+    octree.points = (total(points) * each + 1) * 2.0 ** (depth - 1)  # in [0, 2^depth)
     octree.normals = None if normals is None else normalize(total(normals))
-    octree.features = None if features is None else total(features).mul_(each)
+    octree.features = None if features is None else total(features) * each
     levels: list[tuple[Tensor, Tensor]] = []
-    eight = torch.arange(8, device=points.device)
     for _ in range(depth, full_depth, -1):
-        up = zorder.parent(node)
-        first, number = _runs(up)
-        above = up.index_select(0, first)
-        children = points.new_full((len(above) * 8,), -1, dtype=torch.int64)
-        children.index_copy_(0, number * 8 + (node & 7), torch.arange(len(node), device=points.device))
-        levels.append(((zorder.first_child(above)[:, None] + eight).flatten(), children))
-        node = above
+        node, key, children = octree_parents(node)
+        levels.append((key, children))
     children = torch.full_like(octree.children[full_depth], -1)
     inside = (zorder.sample(node) << 3 * full_depth) + zorder.place(node)
     octree.children[full_depth] = children.index_copy_(0, inside, torch.arange(len(node), device=points.device))
@@ -79,13 +71,6 @@ def from_points(
         octree.keys.append(key)
         octree.children.append(children)
     return octree
-
-
-def _runs(key: Tensor) -> tuple[Tensor, Tensor]:
-    """Of sorted keys: where each new one begins, and for every entry the number of its run."""
-    is_new = torch.ones_like(key, dtype=torch.bool)
-    torch.ne(key[1:], key[:-1], out=is_new[1:])
-    return is_new.nonzero().squeeze(1), is_new.cumsum(0).sub_(1)
 
 
 def complete(depth: int, *, batch_size: int = 1, device: torch.device | str = "cpu") -> Octree:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from genkit.kernels.octree_neighbours.op import octree_neighbours
 from genkit.octree import keys as zorder
 
 # Which of a 3x3x3 neighbourhood, dz fastest, a smaller kernel has.
@@ -88,10 +89,7 @@ class Octree:
         return torch.bincount(self.samples(depth), minlength=self.batch_size)
 
     def neighbours(self, depth: int) -> Tensor:
-        """[M_d, 27] int64: numbers of the 3x3x3 nodes around each node, dz fastest, itself in the middle (13); -1 = there is none.
-
-        Made from the parents': the 27 nodes around a parent have 6x6x6 children; of those the middle 4x4x4 hold the neighbourhoods of its 8.
-        """
+        """[M_d, 27] int64: numbers of the 3x3x3 nodes around each node, dz fastest, itself in the middle (13); -1 = there is none."""
         return self._keep("neighbours", depth, lambda: self._neighbours(depth))
 
     def neighbours_of(self, depth: int, kernel: str = "333", stride: int = 1, is_dense: bool = True) -> Tensor:
@@ -169,25 +167,9 @@ class Octree:
         if depth <= self.full_depth:
             return self._neighbours_in_grid(depth)
         parents = self.neighbours(depth - 1).index_select(0, self.occupied(depth - 1))  # [P, 27]
-        # The first child of each of them, and so far below zero where there is none that no child of it is above.
-        first = torch.cat([self.children[depth - 1] * 8, parents.new_full((1,), -8)])
-        first = first.index_select(0, torch.where(parents < 0, len(first) - 1, parents).flatten()).view(-1, 27)
-        around, child = _windows(self.device)
-        middle = first.index_select(1, around).add_(child).clamp_(min=-1).unflatten(1, (4, 4, 4))  # [P, 4, 4, 4]
-        windows = middle.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1)  # [P, 2, 2, 2, 3, 3, 3]
-        return windows.reshape(-1, 27)
+        return octree_neighbours(parents, self.children[depth - 1])
 
     def _neighbours_in_grid(self, depth: int) -> Tensor:
         xyz, samples = self.xyz(depth)[:, None], self.samples(depth)[:, None]
         offsets = torch.cartesian_prod(*[torch.arange(-1, 2, device=self.device)] * 3)  # [27, 3]
         return self.search((xyz + offsets).flatten(0, 1), samples.expand(-1, 27).flatten(), depth).view(-1, 27)
-
-
-def _windows(device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each place of the 4x4x4 around a node's 8 children: which of the node's 27 neighbours holds it, [64], and as which child, [64]."""
-    places = torch.cartesian_prod(
-        *[torch.arange(1, 5, device=device)] * 3
-    )  # of 0 .. 5, the children of three nodes in a row
-    return (places // 2 * torch.tensor([9, 3, 1], device=device)).sum(1), (
-        places % 2 * torch.tensor([4, 2, 1], device=device)
-    ).sum(1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genkit.kernels.scatter_sum.op import scatter_sum
 from genkit.octree.octree import Octree
 
 _SMALL = 1e-8  # of the sum of weights: far from every leaf the function is 0
@@ -70,8 +71,8 @@ def blend(values: Tensor, near: Around) -> Tensor:
     """F(x) [P] of node values [T, 4] = (gradient, offset)."""
     own = values.index_select(0, near.node)
     local = (own[:, :3] * near.offset).sum(1) + own[:, 3]
-    total = local.new_zeros(near.count).index_add(0, near.query, local * near.weight)
-    return total / (_weights(near) + _SMALL)
+    total = scatter_sum((local * near.weight)[:, None], near.query, near.count)
+    return total[:, 0] / (_weights(near) + _SMALL)
 
 
 def blend_with_gradient(values: Tensor, near: Around) -> tuple[Tensor, Tensor]:
@@ -80,12 +81,12 @@ def blend_with_gradient(values: Tensor, near: Around) -> tuple[Tensor, Tensor]:
     local = (own[:, :3] * near.offset).sum(1) + own[:, 3]  # [K]
     rise = near.weight[:, None] * own[:, :3] + near.slope * local[:, None]
     both = torch.cat([(local * near.weight)[:, None], rise], 1)
-    total = both.new_zeros(near.count, 4).index_add(0, near.query, both)
+    total = scatter_sum(both, near.query, near.count)
     weight = (_weights(near) + _SMALL)[:, None]
-    slope = near.slope.new_zeros(near.count, 3).index_add_(0, near.query, near.slope)
+    slope = scatter_sum(near.slope, near.query, near.count)
     value = total[:, :1] / weight
     return value[:, 0], (total[:, 1:] - value * slope) / weight
 
 
 def _weights(near: Around) -> Tensor:
-    return near.weight.new_zeros(near.count).index_add_(0, near.query, near.weight)
+    return scatter_sum(near.weight[:, None], near.query, near.count)[:, 0]
