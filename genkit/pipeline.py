@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import ModelMixin
 from diffusers.pipelines import pipeline_loading_utils
@@ -412,3 +413,8 @@ class AutoTokenizer:
     @staticmethod
     def from_pretrained(path: str | Path, *, ema: bool = True, device: str | torch.device | None = None) -> Any:
         return open_run(path, ema=ema, device=device).tokenizer
+
+
+# DiffusionPipeline.from_pretrained looks a saved pipeline's class up in diffusers alone.
+for _cls in (TokenizerPipeline, GeneratorPipeline):
+    setattr(diffusers, _cls.__name__, _cls)

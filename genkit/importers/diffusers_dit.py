@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from genkit.backbones.dit import DiT
 from genkit.errors import UsageError
 from genkit.importers import dit
 from genkit.importers.dit import has_sigma, laid_out
-from genkit.importers.names import Rules, count, fill, shape
+from genkit.importers.names import Rules, count, fill, shape, spread
 
 WHAT = "a diffusers DiTTransformer2DModel"
 COPIES = r"transformer_blocks\.(?!0\.)\d+\.norm1\.emb\..*"
@@ -70,6 +71,72 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     ignored = {pattern: why for pattern, why in IGNORED.items() if pattern != COPIES or not own}
     fill(network, laid_out(state, "pos_embed.proj.weight", "proj_out_2", side), _RULES, ignored, WHAT)
     return network.eval()
+
+
+def export(network: Any, guided_null: int = 1000) -> Any:
+    """The inverse of `convert`: backbone -> a diffusers DiTTransformer2DModel that computes the same.
+
+    Args:
+        guided_null: the row of the table of classes that DiTPipeline takes for "no class", whatever the model; rows between the classes and it are
+            copies of that.
+
+    Raises: UsageError for a network that theirs cannot be; it says what of it, and what to train instead.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    options, mixer = network.config, network.config["mixer"]
+    side = network.sides[0]
+    # Checked specs hold every option; where a network was made in Python, what is left out has the default of the mixer.
+    plain = isinstance(mixer, Mapping) and mixer.get("type") == "attention" and not mixer.get("is_causal", False)
+    plain = plain and not mixer.get("qk_norm", True) and not mixer.get("rope", True)
+    needed = [
+        ("mixer", mixer, "plain attention, {type: attention, qk_norm: false, rope: false}", plain),
+        ("freq_shift", options["freq_shift"], "1: its waves of time are others", options["freq_shift"] == 1),
+        ("time_scale", options["time_scale"], "1", options["time_scale"] == 1),
+        ("gelu", options["gelu"], "tanh", options["gelu"] == "tanh"),
+        ("positions", options["positions"], "sincos", options["positions"] == "sincos"),
+        ("mlp_ratio", options["mlp_ratio"], "4", options["mlp_ratio"] == 4),
+        ("patch_size", options["patch_size"], "the same along both axes", len(set(network.sides)) == 1 and len(network.sides) == 2),
+        ("grid", tuple(options["grid"]), "square", len(set(options["grid"])) == 1),
+        ("num_classes", options["num_classes"], f"1 .. {guided_null}", 0 < options["num_classes"] <= guided_null),
+    ]  # fmt: skip
+    for name, value, wanted, holds in needed:
+        if not holds:
+            raise UsageError(
+                f"{WHAT} cannot hold this network: backbone.{name}={value}, and there it is always {wanted}. Any run is a diffusers pipeline as it is: "
+                "--to pipeline"
+            )
+    heads = mixer.get("num_heads", 4)
+    theirs: Any = DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=options["dim"] // heads,
+        in_channels=options["channels"],
+        out_channels=network.out_channels,
+        num_layers=options["depth"],
+        sample_size=options["grid"][0],
+        patch_size=side,
+        num_embeds_ada_norm=guided_null,
+        norm_eps=options["mlp_norm_eps"],
+    )
+    first = "transformer_blocks.0.norm1.emb."
+    foreign = {
+        key: value
+        for key, value in theirs.state_dict().items()
+        if not key.startswith("pos_embed.pos_embed") and (options["own_conditions"] or not re.fullmatch(COPIES, key))
+    }
+    tables = [key for key in foreign if key.endswith("class_embedder.embedding_table.weight")]
+    rows = options["num_classes"] + 1
+    found = spread(network, foreign | {key: foreign[key][:rows] for key in tables}, _RULES, WHAT)
+    for key in tables:
+        found[key] = torch.cat([found[key], found[key][-1:].expand(guided_null + 1 - rows, -1)])
+    for kind in ("weight", "bias"):
+        name = f"proj_out_2.{kind}"
+        found[name] = found[name].unflatten(0, (-1, side**2)).transpose(0, 1).flatten(0, 1)
+    if not options["own_conditions"]:
+        for key in [key for key in found if key.startswith(first)]:
+            found |= {key.replace(".0.", f".{i}.", 1): found[key] for i in range(1, options["depth"])}
+    theirs.load_state_dict(found, strict=False)  # without the positions, which are computed
+    return theirs.eval()
 
 
 def sampling(network: DiT) -> dict[str, Any]:

@@ -65,6 +65,31 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], rules: Rules, ignored: M
     model.load_state_dict({**own, **values})
 
 
+def spread(model: nn.Module, foreign: Mapping[str, Tensor], rules: Rules, what: str) -> dict[str, Tensor]:
+    """The inverse of `fill`: our weights by their keys, in their shapes.
+
+    Args:
+        foreign: what theirs look like, by key.
+
+    Raises: GenkitError for a place of theirs that nothing of ours fills, or the other way round.
+    """
+    found: dict[str, Tensor] = {}
+    unplaced: list[str] = []
+    for key, value in model.state_dict().items():
+        names = source_of(key, rules)
+        if any(name not in foreign for name in names):
+            unplaced += [name for name in names if name not in foreign]
+            continue
+        rows = [foreign[name].shape[0] for name in names]
+        for name, part in zip(names, value.split(rows) if names else (), strict=True):
+            found[name] = part.reshape(foreign[name].shape).to(foreign[name].dtype)
+    missing = sorted(name for name in foreign if name not in found)
+    if unplaced or missing:
+        told = f"no place for {_list(sorted(unplaced))}" if unplaced else f"nothing for {_list(missing)}"
+        raise GenkitError(f"these weights do not make {what}: {told}")
+    return found
+
+
 def source_of(key: str, rules: Rules) -> tuple[str, ...]:
     """Their keys that make up the value of one of ours; empty where the value our module was made with stays."""
     for pattern, source in rules:

@@ -108,6 +108,10 @@ class Discrete:
     def sigma(self, t: Tensor) -> Tensor:
         return (-torch.expm1(self.log_abar(t))).sqrt()
 
+    def betas(self) -> Tensor:
+        """[T] float64: the variance that every step adds."""
+        return -torch.expm1(self._log_abar.diff())
+
     def index(self, t: Tensor) -> Tensor:
         """k = t T - 1, the number that networks of this chain are told; whole for its own steps."""
         return t * self.num_times - 1
