@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ _ROWS = 64  # with fewer the weights are only read once, and their layout does n
 
 
 @contextmanager
-def packed(*networks: nn.Module | None) -> Iterator[None]:
-    """Inside the block, linear layers and perceptrons of these networks take the fast path; their weights must not change meanwhile.
+def packed(*networks: Any) -> Iterator[None]:
+    """Inside the block, linear layers and perceptrons of these networks (modules, or None) take the fast path; their weights must not change meanwhile.
 
     They do wherever it is open: without gradients, in float32 on a CPU with oneDNN. Elsewhere everything is as always. Takes as much memory again as the
     weights that are used.
@@ -87,7 +88,11 @@ def is_available() -> bool:
     """Whether this build of torch has the two operations, which are not public, and they do what is expected of them."""
     if not torch.backends.mkldnn.is_available():
         return False
-    layer, x = nn.Linear(8, 16), torch.linspace(-1, 1, 8 * _ROWS).view(_ROWS, 8)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # asked for while a model trains, it must not draw from that model's random numbers
+        layer = nn.Linear(8, 16)
+    x = torch.linspace(-1, 1, 8 * _ROWS).view(_ROWS, 8)
     with torch.inference_mode(False), torch.no_grad():
         expected = nn.functional.gelu(layer(x), approximate="tanh")
         try:
