@@ -7,7 +7,7 @@ and second half of their channels in rotations (genkit.nn.rope), which an import
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout
+from genkit.kernels.decode_block.op import compiled
+from genkit.mixers.attention import Attention
 from genkit.nn.causal_block import causal, init_normal
 from genkit.nn.drop_path import DropPath
 from genkit.nn.dropout import Dropout
 from genkit.nn.embed import IdEmbedding, LabelEmbedding
 from genkit.nn.gated_mlp import GatedMLP
 from genkit.nn.norm import RMSNorm
+from genkit.nn.rope import rope_table
 from genkit.nn.sequence import behind_prefix, part
 from genkit.registry import MixerSpec, maker
 
@@ -49,10 +52,30 @@ class Block(nn.Module):
         self.mix_norm, self.mixer = RMSNorm(dim, norm_eps), mixer
         self.mlp_norm, self.mlp = RMSNorm(dim, norm_eps), GatedMLP(dim=dim, hidden=hidden, bias=False)
         self.dropout, self.drop_path = Dropout(dropout), DropPath(drop_path)
+        self.eps = norm_eps
 
     def forward(self, h: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         h = h + self.drop_path(self.dropout(self.mixer(self.mix_norm(h), layout, cache)))
         return h + self.drop_path(self.dropout(self.mlp(self.mlp_norm(h))))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the mixer is attention as Llama has it, for which there is a kernel."""
+        mixer = self.mixer
+        return (
+            type(mixer) is Attention and mixer.rope and mixer.qkv.bias is None and isinstance(mixer.q_norm, nn.Identity)
+        )
+
+    def step(self, h: Tensor, layout: Layout, cache: Cache, kernel: Any) -> Tensor:
+        """One new token of each sample, h [B, D], behind others in a cache: as `forward`, by the kernel decode_block."""
+        mixer: Any = self.mixer
+        held = cache[mixer.layer]
+        keys, values = held.reserve(1, held.keys)
+        turn = rope_table(layout.coords, mixer.head_dim, mixer.rope_base)
+        weights = (self.mix_norm, mixer.qkv, mixer.proj, self.mlp_norm, self.mlp.up, self.mlp.down)
+        out = kernel(h, *[part.weight for part in weights], *turn, keys, values, held.length, self.eps)
+        held.length += 1
+        return out
 
 
 class GPT(ModelMixin, ConfigMixin):
@@ -155,12 +178,25 @@ class GPT(ModelMixin, ConfigMixin):
             cache.setdefault("num_tokens", sequence.coords.shape[1] - 1)  # what follows the last id is never asked for
             cache["seen"] = before + h.shape[1]
         tokens = part(sequence, before, before + h.shape[1])
+        kernel = self._kernel(h, tokens, cache) if before and h.shape[1] == 1 else None
+        if kernel is not None:
+            h = h[:, 0]
+            for block in self.blocks:
+                h = block.step(h, tokens, cache, kernel)
+            return self.head(self.norm(h)).unsqueeze(1)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 h = self._gradient_checkpointing_func(block, h, tokens)
             else:
                 h = block(h, tokens, cache)
         return self.head(self.norm(h[:, -last:]))
+
+    def _kernel(self, h: Tensor, tokens: Layout, cache: Cache | None) -> Any:
+        """What takes a single token through a block faster than its parts, or None."""
+        is_inference = not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        if cache is None or not is_inference or tokens.coords.shape[0] > 1 or torch.compiler.is_compiling():
+            return None
+        return compiled(h[:, 0]) if all(block.is_plain for block in self.blocks) else None
 
     def step_counts(self, grid: tuple[int, ...]) -> list[int]:
         """How many ids each step of sampling draws."""

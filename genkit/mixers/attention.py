@@ -114,15 +114,22 @@ class KeysValues:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
+    def reserve(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with room for `count` more tokens of k or v [B, H, n, K]."""
+        needed = self.length + count
+        if self.keys is None or self.values is None or needed > self.keys.shape[2]:
+            room = max(self.num_tokens, needed if self.length == 0 else 2 * needed)
+            keys, values = (like.new_empty(*like.shape[:2], room, like.shape[3]) for _ in range(2))
+            if self.keys is not None and self.values is not None:
+                known = slice(0, self.length)
+                keys[:, :, known], values[:, :, known] = self.keys[:, :, known], self.values[:, :, known]
+            self.keys, self.values = keys, values
+        return self.keys, self.values
+
     def append(self, k: Tensor, v: Tensor) -> tuple[int, Tensor, Tensor]:
         """(number of tokens before, keys, values of all) once k and v [B, H, n, K] are behind the others."""
+        self.keys, self.values = self.reserve(k.shape[2], k)
         before, self.length = self.length, self.length + k.shape[2]
-        if self.keys is None or self.values is None or self.length > self.keys.shape[2]:
-            room = max(self.num_tokens, self.length if before == 0 else 2 * self.length)
-            keys, values = (y.new_empty(*y.shape[:2], room, y.shape[3]) for y in (k, v))
-            if self.keys is not None and self.values is not None:
-                keys[:, :, :before], values[:, :, :before] = self.keys[:, :, :before], self.values[:, :, :before]
-            self.keys, self.values = keys, values
         self.keys[:, :, before : self.length] = k.detach()
         self.values[:, :, before : self.length] = v.detach()
         return before, self.keys[:, :, : self.length], self.values[:, :, : self.length]
