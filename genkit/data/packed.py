@@ -157,6 +157,7 @@ def _build(
             "shape": list(dataset.info.shape),
             "class_names": list(dataset.info.class_names),
             "grid": [1],  # tokens of a shape are no grid
+            "stride": 1,
             "full_depth": tokenizer.full_depth,
             "code_depth": tokenizer.code_depth,
             "bits": tokenizer.bits,
