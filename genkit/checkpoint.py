@@ -84,14 +84,14 @@ def find_run(path: str | Path) -> Run:
 
 
 def open_run_folder(path: Path, config: configs.Config, source: str | None) -> Run:
-    """Create the run directory, or reopen one whose config is the same.
+    """Create the run directory, or reopen one whose config is the same, or in which nothing has happened yet.
 
     Raises: UsageError with the differences when the config changed.
     """
     resolved = path / "config.resolved.yaml"
     if resolved.is_file():
         changes = configs.diff(Run(path).config, config, free=configs.FREE)
-        if changes:
+        if changes and _has_begun(path):
             listed = "\n  ".join(changes)
             raise UsageError(
                 f"run {path} was started with another config:\n  {listed}\n"
@@ -106,6 +106,13 @@ def open_run_folder(path: Path, config: configs.Config, source: str | None) -> R
         files.write_text(path / "config.yaml", source)
     files.write_text(resolved, configs.dump(config))
     return Run(path)
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether a run has anything that another config would spoil. One that ended at its first mistake has not: the corrected command may take its name."""
+    metrics = path / "metrics.jsonl"
+    has_metrics = metrics.exists() and metrics.stat().st_size > 0
+    return has_metrics or any((path / name).exists() for name in ("checkpoints", "samples"))
 
 
 @contextmanager

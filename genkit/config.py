@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -309,6 +310,7 @@ def check(data: dict[str, Any], file: str = "", places: dict[str, str] | None = 
             raise UsageError(f"{section} must be a {called}, found {data[section]!r}{at(section)}")
     if data.get("sampler"):
         config["sampler"] = _sampler(data["sampler"], config)
+        check_sampler(config["sampler"], config["objective"], config.where("sampler.type"))
         check_reuse(config["sampler"], config["objective"], config.where("sampler.reuse"))
     elif data.get("backbone"):
         raise UsageError(f"a generator needs a section `sampler`{at('backbone')}")
@@ -345,6 +347,36 @@ def _sampler(values: dict[str, Any], config: Config) -> dict[str, Any]:
     if found["reuse"] is not None:
         found["reuse"] = registry.check("reuse", found["reuse"], "sampler.reuse", config.where)
     return found
+
+
+def check_sampler(section: Mapping[str, Any], objective: Mapping[str, Any], place: str = "") -> None:
+    """Raises UsageError for a sampler of noisy latents with an objective that learns something else, or the other way round. What a sampler calls and
+    what an objective gives is read from their signatures (genkit.interfaces.Predict)."""
+    asked, given = _asked(section["type"]), _annotation(registry.find("objective", objective["type"]), "predictor")
+    if "Predict" not in (asked, given) or asked == given or {asked, given} & {"", "Any"}:
+        return
+    fitting = [name for name in registry.words("sampler") if _asked(name) == given]
+    draws = ("noisy latents", "ids") if asked == "Predict" else ("ids", "noisy latents")
+    at = f" [{place}]" if place else ""
+    raise UsageError(
+        f"sampler.type={section['type']} draws {draws[0]}, and objective.type={objective['type']} learns {draws[1]}; samplers that go with it: "
+        f"{', '.join(fitting) or 'none'}{at}"
+    )
+
+
+def _asked(sampler: str) -> str:
+    """The kind of predictor that a sampler calls."""
+    return _annotation(registry.find("sampler", sampler), "__call__", 1)
+
+
+def _annotation(cls: Any, method: str, parameter: int | None = None) -> str:
+    """Of the return value or of a parameter, as it is written; empty where there is none."""
+    function = getattr(cls, method, None)
+    if not inspect.isfunction(function):
+        return ""
+    signature = inspect.signature(function)
+    found = signature.return_annotation if parameter is None else [*signature.parameters.values()][parameter].annotation
+    return found if isinstance(found, str) else ""
 
 
 def check_reuse(section: Mapping[str, Any], objective: Mapping[str, Any], place: str = "") -> None:

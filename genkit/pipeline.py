@@ -218,6 +218,7 @@ class GeneratorPipeline(DiffusionPipeline):
         if not changes:
             return self.sampler
         found = config.with_sampler(self.sampler, changes)
+        config.check_sampler(found, self.objective)
         config.check_reuse(found, self.objective)
         return found
 
@@ -228,6 +229,8 @@ class GeneratorPipeline(DiffusionPipeline):
         own = {k.removeprefix("guidance_"): v for k, v in sampler.items() if k.startswith("guidance_")}
         has_weak = own.pop("weak", None) is not None
         strength = sampler["guidance"] if strength is None else strength
+        if strength < 0:
+            raise UsageError(f"guidance {strength:g} must be at least 0; 1 = off")
         if strength != 1 and not self.num_classes and not has_weak:
             raise UsageError(
                 f"guidance {strength:g} of a model that was trained without classes: there is nothing to guide towards; use 1, "

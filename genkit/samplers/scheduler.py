@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genkit.errors import UsageError
+from genkit.errors import UsageError, nearest
 from genkit.interfaces import OnStep, Predict
 from genkit.rng import Rng
 from genkit.samplers.steps import start_at
@@ -32,7 +32,8 @@ class Scheduler:
             raise UsageError(f"sampler.num_steps={num_steps} must be at least 1")
         cls = getattr(importlib.import_module("diffusers"), name, None)
         if cls is None or not hasattr(cls, "set_timesteps"):
-            raise UsageError(f"sampler.name={name} is no scheduler of the installed diffusers")
+            known = [word for word in dir(importlib.import_module("diffusers")) if word.endswith("Scheduler")]
+            raise UsageError(f"sampler.name={name} is no scheduler of the installed diffusers; {nearest(name, known)}")
         self.num_steps, self.options = num_steps, dict(options or {})
         self._cls, self._is_flow = cls, name.startswith("FlowMatch")
 
