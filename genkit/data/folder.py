@@ -85,7 +85,7 @@ class Folder:
         files = scan(path)
         classes = sorted({top for top in map(_top, files) if top})
         if split != "all":
-            in_val = _choose_val(files, val_fraction)
+            in_val = choose_val(files, val_fraction)
             files = [file for file in files if (file in in_val) == (split == "val")]
             if not files:
                 raise UsageError(f"data.val_fraction={val_fraction} leaves no image of {path} in the split {split}")
@@ -297,7 +297,7 @@ def _top(file: str) -> str:
     return file.partition("/")[0] if "/" in file else ""
 
 
-def _choose_val(files: list[str], fraction: float) -> set[str]:
+def choose_val(files: list[str], fraction: float) -> set[str]:
     """The same share of every class, by a hash of the name: it does not follow any order the files were numbered in."""
     ranked: dict[str, list[tuple[str, str]]] = {}
     for file in files:

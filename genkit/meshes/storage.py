@@ -28,7 +28,7 @@ def load(path: str | Path) -> Mesh:
         what is not there, no faces, no area, coordinates that are not finite or too large for float32.
     """
     path = Path(path)
-    reader = _format(path)
+    _format(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -37,11 +37,16 @@ def load(path: str | Path) -> Mesh:
         raise UsageError(f"{path} is a folder; name a mesh in it") from None
     except OSError as error:
         raise GenkitError(f"{path} cannot be read: {error.strerror or error}") from None
+    return parse(data, path.suffix, str(path))
+
+
+def parse(data: bytes, suffix: str, name: str) -> Mesh:
+    """A mesh from the bytes of a file, for what lies in archives; `name` stands in messages. Raises GenkitError as `load`."""
+    reader = _format(Path(f"{name}{suffix}" if not name.lower().endswith(suffix.lower()) else name))
     try:
-        mesh = _checked(reader.read(data) if data else None)
+        return _checked(reader.read(data) if data else None)
     except (ValueError, OverflowError, MemoryError) as error:
-        raise GenkitError(f"{path}: {error or type(error).__name__}") from None
-    return mesh
+        raise GenkitError(f"{name}: {error or type(error).__name__}") from None
 
 
 def _checked(found: Polygons | None) -> Mesh:

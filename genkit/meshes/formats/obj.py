@@ -1,4 +1,7 @@
-"""Wavefront OBJ: lines of text. Read are positions and faces; normals, textures, materials, groups, lines and curves are passed over."""
+"""Wavefront OBJ: lines of text.
+
+Read are positions and faces; normals, textures, materials, groups, curves and lines (faces of two corners too) are passed over.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ def read(data: bytes) -> Polygons:
                 named = [int(word.split(b"/", 1)[0]) for word in words[1:]]
             except ValueError:
                 raise ValueError(f"line {at}: a face names no numbers: {line[:60].decode('latin-1')!r}") from None
-            if len(named) < 3:
-                raise ValueError(f"line {at}: a face of {len(named)} corners")
+            if len(named) < 3:  # a point or a line, as exporters write them
+                continue
             if 0 in named:
                 raise ValueError(f"line {at}: a face names vertex 0; they are counted from 1")
             corners += [n - 1 if n > 0 else count + n for n in named]
