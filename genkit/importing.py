@@ -92,6 +92,17 @@ def import_weights(
         found: dict[str, Any] = {"out": str(target), "from": source, "backbone": kind, "options": kind_given}
     elif tokenizer is not None:
         raise UsageError(f"--tokenizer {tokenizer}: weights of {source} are a tokenizer themselves; leave it out")
+    elif hasattr(module, "meshes"):
+        given, checked = _options(module, set()), None
+        run_config = {
+            "name": target.name,
+            "data": {"type": "shapes"},
+            "tokenizer": {"type": kind, **given},
+            "objective": {"type": "shape_reconstruction"},
+            "imported": imported,
+        }
+        pipeline = TokenizerPipeline(module, run_config=run_config)
+        found = {"out": str(target), "from": source, "tokenizer": kind, "options": given}
     else:
         side = size or getattr(module, "image_size", None) or _size(options or {}) or SIZE
         if side % module.stride:
@@ -143,20 +154,28 @@ def generator_of(
         ("codebook_size", "codes"),
         ("num_levels", "ids per place"),
         ("patch_sizes", "scales"),
+        ("bits", "bits of a code"),
+        ("full_depth", "first depth of its split bits"),
+        ("code_depth", "depth of its codes"),
     ):
         wanted, found = backbone.config.get(key), getattr(coder, key, None)
         if wanted is not None and (found is None or _plain(found) != _plain(wanted)):
             raise UsageError(f"--tokenizer {tokenizer}: {told}: {found}, this network needs {wanted}")
     if size is not None and size % coder.stride:
         raise UsageError(f"--size {size} is no multiple of the tokenizer's stride {coder.stride}")
-    trained, num_tokens = tuple(backbone.config["grid"]), getattr(coder, "num_tokens", None)
-    if trained != (num_tokens,) and (num_tokens is not None or len(trained) == 1 and not hasattr(coder, "patch_sizes")):
+    is_of_shapes = hasattr(coder, "meshes")
+    trained, num_tokens = tuple(backbone.config.get("grid", (1,))), getattr(coder, "num_tokens", None)
+    if (
+        not is_of_shapes
+        and trained != (num_tokens,)
+        and (num_tokens is not None or (len(trained) == 1 and not hasattr(coder, "patch_sizes")))
+    ):
         has = f"a row of {num_tokens} tokens" if num_tokens is not None else "a grid of tokens, rows and columns"
         raise UsageError(
             f"--tokenizer {tokenizer} makes {has}, this network was trained on {trained}; use the tokenizer it was trained on"
             + ("" if num_tokens is not None else ", or say image_grid=[rows, columns] in --config")
         )
-    grid = list(backbone.config["grid"]) if size is None else [size // coder.stride] * len(backbone.config["grid"])
+    grid = list(trained) if size is None else [size // coder.stride] * len(trained)
     num_classes = backbone.config["num_classes"]
     given = _options(backbone, set(registry.FAMILIES["backbone"][1]))
     sampler = dict(sampling["sampler"])
@@ -164,7 +183,9 @@ def generator_of(
         sampler["guidance"] = 1.0
     checked = configs.resolve(
         {
-            "data": {
+            "data": {"type": "shapes"}
+            if is_of_shapes
+            else {
                 "type": "folder",
                 "path": data,
                 "size": getattr(coder, "image_size", grid[0] * coder.stride),
@@ -247,7 +268,7 @@ def try_out(tokenizer: Any, channels: int, side: int) -> dict[str, Any]:
 
 
 def try_generator(pipeline: Any) -> dict[str, Any]:
-    """Draw one image of the first class, in two steps where the sampler can. Returns: image, its shape; mean and std of its numbers.
+    """Draw one image of the first class, in two steps where the sampler can. Returns: image, its shape; mean and std of its numbers; or of a shape its triangles.
 
     Raises: GenkitError when what comes out is not finite.
     """
@@ -256,6 +277,8 @@ def try_generator(pipeline: Any) -> dict[str, Any]:
     steps = 2 if "num_steps" in pipeline.sampler else None
     with torch.inference_mode():
         image = pipeline.generate(torch.tensor([0 if pipeline.num_classes else -1]), [0], steps=steps)
+    if isinstance(image, list):  # shapes; a function that is not finite has raised before
+        return {"triangles": len(image[0].faces)}
     if not bool(image.isfinite().all()):
         raise GenkitError(
             "the imported generator makes numbers that are not finite; the file is damaged or of another model"

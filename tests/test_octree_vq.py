@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from genkit import config, registry
+from genkit.backbones.octgpt import OctGPT
 from genkit.data.packed import PackedShapes, find_or_build
 from genkit.data.shapes import Shapes
 from genkit.errors import UsageError
-from genkit.meshes.mesh import inspect
+from genkit.importers import octgpt, octgpt_vqvae
+from genkit.importers.names import source_of
+from genkit.importing import generator_of, import_weights
+from genkit.meshes.mesh import Mesh, inspect
 from genkit.nn.dual_graph import Down, GraphConv, Up
 from genkit.objectives.shape_reconstruction import ShapeReconstruction
 from genkit.octree import build
@@ -17,8 +22,10 @@ from genkit.octree.graph import DIRECTIONS, DualGraph, dual_graph
 from genkit.octree.octree import Octree
 from genkit.octree.partition import around, blend, blend_with_gradient
 from genkit.octree.tokens import samples_of
+from genkit.pipeline import open_run
 from genkit.recipes import resolve
 from genkit.rng import Rng
+from genkit.sampling import sample
 from genkit.tokenizers.octree_vq import OctreeVQ
 
 OFFSETS = ((0, 0, 1), (0, 0, -1), (0, 1, 0), (0, -1, 0), (1, 0, 0), (-1, 0, 0))
@@ -260,3 +267,78 @@ def test_recipes_at_full_size_have_the_published_number_of_parameters(name):
         else:
             model = registry.build("backbone", recipe["backbone"], bits=32, full_depth=3, code_depth=6, num_classes=0)
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
+
+
+def released(model: OctreeVQ) -> dict[str, torch.Tensor]:
+    """A tokenizer's weights as its authors store them."""
+    found = {}
+    for key, value in model.state_dict().items():
+        (name,) = source_of(key, octgpt_vqvae.RULES)
+        is_conv = name.startswith("encoder.") and name.endswith("conv.weights")
+        found[name] = value[0] if is_conv else value[None] if ".gn." in name or ".norm.norm." in name else value
+    return found | {"quantizer.basis": torch.arange(8)}
+
+
+def test_released_weights_become_a_tokenizer_and_a_generator_on_it(tmp_path):
+    model = tiny(inner_blocks=[1, 2], num_depths=4).eval()
+    save_file({k: v.contiguous() for k, v in released(model).items()}, tmp_path / "vq.safetensors")
+    options = {"depth": 5, "full_depth": 2}
+    found = import_weights(tmp_path / "vq.safetensors", "octgpt-vqvae", tmp_path / "vq", config=options)
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    again = open_run(tmp_path / "vq").tokenizer
+    data = batch(1)
+    tokens = model.encode(data["points"], data["normals"])
+    assert torch.equal(again.encode(data["points"], data["normals"]).codes, tokens.codes)
+    torch.testing.assert_close(again.field(tokens).values[5], model.field(tokens).values[5])
+
+    torch.manual_seed(0)
+    network = OctGPT(
+        bits=8, full_depth=2, code_depth=3, max_depth=6, dim=24, depth=4, num_heads=2, window=16, dilation=2, buffer=4
+    )
+    state = {source_of(key, octgpt.RULES)[0]: value for key, value in network.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "gpt.safetensors")
+    options = {"patch_size": 16, "dilation": 2, "num_heads": 2, "buffer_size": 4, "depth_low": 2, "depth_high": 3}
+    arguments = {"config": options, "tokenizer": tmp_path / "vq"}
+    import_weights(tmp_path / "gpt.safetensors", "octgpt", tmp_path / "gpt", **arguments)
+    found = sample(
+        tmp_path / "gpt", count=2, out=tmp_path / "out", sampler=["num_steps=2"], resolution=16, format="obj"
+    )
+    assert found["shapes"] + len(found["empty"]) == 2
+    assert (tmp_path / "out" / "grid.png").is_file()
+    written = sorted(path.name for path in (tmp_path / "out").glob("*.obj"))
+    assert written == [name for name in ("000000.obj", "000001.obj") if name not in found["empty"]]
+    other = OctGPT(**{**dict(network.config), "bits": 6})
+    with pytest.raises(UsageError, match="bits of a code: 8, this network needs 6"):
+        generator_of(other, octgpt.sampling(other), "octgpt", tmp_path / "vq", "x", "", None)
+    with pytest.raises(UsageError, match="--size, --rope and --known are for images"):
+        sample(tmp_path / "gpt", count=1, size="32x32", out=tmp_path / "other")
+    with pytest.raises(UsageError, match="--format xyz"):
+        sample(tmp_path / "gpt", count=1, format="xyz", out=tmp_path / "other")
+
+
+def test_a_function_without_a_surface_is_reported_and_not_written(tmp_path, monkeypatch, capsys):
+    from genkit import shapes
+
+    nothing = Mesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64))
+    corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    faces = torch.tensor([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
+
+    class Pipeline:
+        class_names = ()
+
+        def generate(self, labels, seeds, **how):
+            return [nothing if seed == 1 else Mesh(corners, faces) for seed in seeds]
+
+    class State:
+        is_main_process, process_index, num_processes = True, 0, 1
+
+        def wait_for_everyone(self):
+            pass
+
+    how = {"format": "ply", "batch_size": 2, "resolution": None, "turntable": True}
+    found = shapes.write_samples(Pipeline(), State(), tmp_path / "out", {}, [-1] * 3, [0, 1, 2], **how)
+    assert found["empty"] == ["000001.ply"]
+    assert "000001.ply is not written: the decoded function has no surface (seed 1)" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("000000.gif", "000000.ply", "000002.gif", "000002.ply", "grid.png", "samples.json")
+    ]
