@@ -7,7 +7,7 @@ and second half of their channels in rotations (genkit.nn.rope), which an import
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -182,7 +182,7 @@ class GPT(ModelMixin, ConfigMixin):
         if kernel is not None:
             h = h[:, 0]
             for block in self.blocks:
-                h = block.step(h, tokens, cache, kernel)
+                h = cast(Block, block).step(h, tokens, cast(Cache, cache), kernel)
             return self.head(self.norm(h)).unsqueeze(1)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -196,7 +196,7 @@ class GPT(ModelMixin, ConfigMixin):
         is_inference = not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
         if cache is None or not is_inference or tokens.coords.shape[0] > 1 or torch.compiler.is_compiling():
             return None
-        return compiled(h[:, 0]) if all(block.is_plain for block in self.blocks) else None
+        return compiled(h[:, 0]) if all(cast(Block, block).is_plain for block in self.blocks) else None
 
     def step_counts(self, grid: tuple[int, ...]) -> list[int]:
         """How many ids each step of sampling draws."""
