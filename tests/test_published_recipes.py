@@ -60,3 +60,31 @@ def test_a_recipe_of_a_masked_generator_makes_the_published_network(name):
     with torch.device("meta"):
         network = registry.build("backbone", recipe["backbone"], **given)
     assert sum(parameter.numel() for parameter in network.parameters()) == weights
+
+
+# Of ids: what the tokenizer of each recipe says, and weights as published (LlamaGen 111, 343 and 775 million; VAR 310 and 600 million, 1.0 and 2.0 billion;
+# NFIG 310 million). RQ-Transformer has 1.4 billion without its tables of codes, which it takes from its tokenizer; DQ-Transformer 314 million with
+# numbers for starts, ends and padding that are not needed here.
+OF_VQ16 = {"codebook_size": 16384, "num_levels": 1, "grid": (16, 16)}
+OF_SCALES = {"channels": 32, "codebook_size": 4096, "patch_sizes": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), "grid": (16, 16)}
+DRAWN_IN_SEQUENCE = {
+    "llamagen-b": (OF_VQ16, 110_888_448),
+    "llamagen-l": (OF_VQ16, 342_910_976),
+    "llamagen-xl": (OF_VQ16, 774_699_520),
+    "var-d16": (OF_SCALES, 310_283_520),
+    "var-d20": (OF_SCALES, 600_917_136),
+    "var-d24": (OF_SCALES, 1_033_399_360),
+    "var-d30": (OF_SCALES, 2_010_020_356),
+    "nfig-d16": (OF_SCALES, 310_283_520),
+    "rq-transformer-1400m": ({"codebook_size": 16384, "num_levels": 4, "grid": (8, 8)}, 1_387_529_728 + 4 * 16384 * 256),
+    "dq-transformer-f8": ({"codebook_size": 1024, "num_levels": 1, "num_grains": 2, "grid": (32, 32)}, 309_118_210),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN_IN_SEQUENCE)
+def test_a_published_generator_of_sequences_has_the_published_weights(name):
+    tokens, weights = DRAWN_IN_SEQUENCE[name]
+    recipe = config.load(FOLDER / f"{name}.yaml")
+    with torch.device("meta"):
+        network = registry.build("backbone", recipe["backbone"], num_classes=1000, **tokens)
+    assert sum(parameter.numel() for parameter in network.parameters()) == weights
