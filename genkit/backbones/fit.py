@@ -86,7 +86,7 @@ class FiT(ModelMixin, ConfigMixin):
     Args:
         channels: C.
         num_classes: classes that cond["label"] counts; 0 = unconditional.
-        grid: cells per axis while training, the longest where sizes are mixed.
+        grid: cells per axis while training; where sizes are mixed, of the square that they are as large as.
         dim, depth, num_heads: of FiTv2, B 768, 15 and 12; XL 1152, 36 and 16; 3B 2304, 40 and 24; of FiT, XL 1152, 28 and 16.
         patch_size: cells per axis of a token: one number, or one per axis.
         mlp_dim: hidden channels of the gated perceptron; by default 8/3 dim as in FiTv2; FiT has 4 dim.
@@ -97,7 +97,7 @@ class FiT(ModelMixin, ConfigMixin):
         rope: frequencies of rotary positions on grids larger than the trained one, see nn.extrapolation.
         rope_per_axis: every axis by its own length; else all by the longest.
         rope_gain: of the attention logits by the number of tokens.
-        rope_trained: tokens along an axis while training; by default along the longest of the grid.
+        rope_trained: tokens along an axis while training; by default along the longest of the grid, as in FiT, whatever sizes were mixed.
         learn_sigma: two outputs per channel, as FiT.
         time_scale: what t is multiplied by before it becomes waves.
         dropout: on both residual branches.
