@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit import images, registry
+from genkit import images, registry, shape_evaluation
 from genkit.console import Progress
 from genkit.errors import GenkitError, UsageError
 from genkit.metrics import known, protocols, references, sources
@@ -59,7 +59,7 @@ def evaluate(
     device: str | torch.device | None = None,
     out: str | Path | None = None,
 ) -> Report:
-    """Measure a run, a pipeline, or a folder, zip or npz of images.
+    """Measure a run, a pipeline, a folder, zip or npz of images, or a folder of meshes (see genkit.shape_evaluation).
 
     A generator is sampled with its classes in turn and compared with its training data; a tokenizer reconstructs its validation split; images are
     compared with `reference`. Under torch.distributed every process takes its share of the samples, the sums are added up, and all
@@ -93,6 +93,13 @@ def evaluate(
         raise UsageError(f"protocol {protocol} says which metrics; name either a protocol or metrics")
     started = time.perf_counter()
     place = _device(target, device)
+    if shape_evaluation.is_of_shapes(target):
+        if metrics is not None or protocol is not None or reference is not None or size is not None or rope:
+            raise UsageError(
+                "runs of shapes are measured in one way; leave out --metrics, --protocol, --ref, --size and --rope"
+            )
+        drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        return shape_evaluation.evaluate(target, count=count, seed=seed, ema=ema, device=place, out=out, **drawing)
     plan = protocols.find(protocol) if protocol is not None else None
     labels = labels or (plan.labels if plan else "balanced")
     sampling = Sampling(seed, steps, guidance, labels, size, rope, tuple(sampler))

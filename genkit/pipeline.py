@@ -364,7 +364,7 @@ def draw_seeds(generator: torch.Generator | list[torch.Generator] | None, count:
     return torch.randint(2**62, (count,), generator=generator, device=device).tolist()
 
 
-def _pipeline_folder(path: str | Path) -> Path:
+def pipeline_folder(path: str | Path) -> Path:
     """The pipeline inside a run, a checkpoint, or the folder itself."""
     folder = Path(path)
     if (folder / "model_index.json").is_file():
@@ -383,7 +383,7 @@ def open_run(path: str | Path, ema: bool = True, device: str | torch.device | No
     Args:
         ema: averaged weights where there are some.
     """
-    folder = _pipeline_folder(path)
+    folder = pipeline_folder(path)
     index = json.loads((folder / "model_index.json").read_text())
     cls = {c.__name__: c for c in (TokenizerPipeline, GeneratorPipeline)}.get(index.get("_class_name", ""))
     if cls is None:
