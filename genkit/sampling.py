@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from genkit import files, images
+from genkit.console import Progress
 from genkit.data.sizes import named_size, parse_size
 from genkit.errors import UsageError
 from genkit.rng import sample_seeds
@@ -138,21 +139,24 @@ def sample(
 
     started = time.perf_counter()
     todo = [i for i in range(count) if not (folder / names[i]).exists()][state.process_index :: state.num_processes]
-    for first in range(0, len(todo), batch_size):
-        part = todo[first : first + batch_size]
-        x = pipeline.generate(
-            torch.tensor([all_labels[i] for i in part]),
-            [seeds[i] for i in part],
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            size=size,
-            rope=rope,
-            start=None if edited is None else edited.start.expand(len(part), -1, -1, -1),
-        )
-        x = x if edited is None else edited.paste(x)
-        for i, picture in zip(part, images.to_pil(x), strict=True):
-            images.write_png(folder / names[i], picture)
+    with Progress(total=len(todo), unit="images", title=f"sample {Path(run).name}") as progress:
+        for first in range(0, len(todo), batch_size):
+            part = todo[first : first + batch_size]
+            x = pipeline.generate(
+                torch.tensor([all_labels[i] for i in part]),
+                [seeds[i] for i in part],
+                steps=steps,
+                guidance=guidance,
+                sampler=sampler,
+                size=size,
+                rope=rope,
+                start=None if edited is None else edited.start.expand(len(part), -1, -1, -1),
+                on_step=lambda step, total, state: progress.advance(0, step=step + 1),
+            )
+            x = x if edited is None else edited.paste(x)
+            for i, picture in zip(part, images.to_pil(x), strict=True):
+                images.write_png(folder / names[i], picture)
+            progress.advance(len(part))
     state.wait_for_everyone()
     seconds = time.perf_counter() - started
     if state.is_main_process:

@@ -126,6 +126,16 @@ def test_samples_on_disk_continue_and_refuse_to_mix(runs, tmp_path):
         sample(runs / "masked", count=6, labels="0-3", out=out)
 
 
+def test_sampling_shows_how_far_it_is(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    sample(runs / "masked", count=3, out=tmp_path / "out", batch_size=2, steps=4)
+    shown = capsys.readouterr().err
+    assert "sample masked" in shown
+    assert "100%" in shown
+    assert "3/3" in shown
+    assert "step 4" in shown
+
+
 def test_two_processes_share_out_the_samples(runs, tmp_path):
     sample(runs / "masked", count=5, out=tmp_path / "one")
     code = f"from genkit.sampling import sample; sample({str(runs / 'masked')!r}, count=5, out={str(tmp_path / 'two')!r}, device='cpu')"
