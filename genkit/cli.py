@@ -461,14 +461,17 @@ def export(args: argparse.Namespace) -> Answer:
 
 
 @verb(
-    "measure a run, or a folder, zip or npz of images; every number carries its protocol",
+    "measure a run, a folder, zip or npz of images, or a folder of meshes; every number carries its protocol",
     argument(
         "targets",
         metavar="TARGET",
         nargs="*",
         help="a run directory, a folder or zip of images, an npz; with --compare: runs or reports; with --verify: a report",
     ),
-    argument("--ref", help="what to compare with: data words, a folder, a zip or an npz (default: the run's data)"),
+    argument(
+        "--ref",
+        help="what to compare with: data words, a folder, a zip or an npz; of shapes shapes:test or a folder (default: the run's data)",
+    ),
     argument("--metrics", help="comma-separated: `genkit ls metrics` (default: the recipe's)"),
     argument(
         "--protocol", help="adm, edm, clean, torch-fidelity, pytorch-fid or quick: metrics, count and labels by name"

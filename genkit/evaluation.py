@@ -94,12 +94,29 @@ def evaluate(
     started = time.perf_counter()
     place = _device(target, device)
     if shape_evaluation.is_of_shapes(target):
-        if metrics is not None or protocol is not None or reference is not None or size is not None or rope:
-            raise UsageError(
-                "runs of shapes are measured in one way; leave out --metrics, --protocol, --ref, --size and --rope"
-            )
-        drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler}
-        return shape_evaluation.evaluate(target, count=count, seed=seed, ema=ema, device=place, out=out, **drawing)
+        for name, given in (
+            ("protocol", protocol),
+            ("metrics", metrics),
+            ("labels", labels),
+            ("size", size),
+            ("rope", rope),
+        ):
+            if given:
+                raise UsageError(f"{name}={given} is for images; shapes are measured in one way, see docs/metrics.md")
+        return shape_evaluation.evaluate(
+            target,
+            reference=reference,
+            count=count,
+            weights=weights,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
+            batch_size=min(batch_size, 16),
+            ema=ema,
+            device=place,
+            out=out,
+        )
     plan = protocols.find(protocol) if protocol is not None else None
     labels = labels or (plan.labels if plan else "balanced")
     sampling = Sampling(seed, steps, guidance, labels, size, rope, tuple(sampler))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class ShapeSet:
         return sample_surface(mesh, count, rng)[:2]
 
 
-def takes(target: Any) -> bool:
+def is_of_shapes(target: Any) -> bool:
     """Whether a target of `genkit eval` is about shapes: a folder of meshes and no images, a mesh, or a run or pipeline of shapes."""
     if not isinstance(target, str | Path):
         return ((getattr(target, "run_config", None) or {}).get("data") or {}).get("type") in DATA
@@ -95,7 +95,7 @@ def takes(target: Any) -> bool:
     )
 
 
-def evaluate_shapes(
+def evaluate(
     target: Any,
     *,
     reference: str | None = None,
@@ -104,6 +104,7 @@ def evaluate_shapes(
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
+    sampler: Sequence[str] = (),
     batch_size: int = 16,
     ema: bool = True,
     device: Any = None,
@@ -135,7 +136,9 @@ def evaluate_shapes(
             return _reconstruct(pipe, place, count, seed, out, started)
     data = (pipe.run_config or {}).get("data") if pipe is not None else None
     if pipe is not None:
-        samples = _generated(pipe, count or DEFAULT_COUNT, seed, steps, guidance, batch_size)
+        drawing: dict[str, Any] = {"steps": steps, "guidance": guidance}
+        drawing |= {"sampler": tuple(sampler)} if sampler else {}
+        samples = _generated(pipe, count or DEFAULT_COUNT, seed, batch_size, drawing)
         reference = reference or _default_reference(data)
     else:
         samples = _from_path(Path(target))
@@ -162,6 +165,7 @@ def evaluate_shapes(
         "seed": seed,
         "steps": steps,
         "guidance": guidance,
+        "sampler": list(sampler),
         "chamfer_points": CHAMFER_POINTS,
         "emd_points": EMD_POINTS,
         "size": SIZE,
@@ -358,7 +362,8 @@ def _frechet(real: Tensor, fake: Tensor) -> float:
 
 def _read(shapes: ShapeSet, count: int, report: Report, normalise: bool = False) -> tuple[list[Mesh], list[int]]:
     """The first `count` meshes that can be read, and their numbers."""
-    meshes, numbers = [], []
+    meshes: list[Mesh] = []
+    numbers: list[int] = []
     with Progress(total=count, unit="shapes", title="read") as progress:
         for number in range(shapes.count):
             if len(meshes) == count:
@@ -459,9 +464,7 @@ def _opened(target: Any, ema: bool, device: Any) -> tuple[Any, Path | None]:
     return pipe, place if (checkpoint.parent.parent / "config.resolved.yaml").is_file() else None
 
 
-def _generated(
-    pipe: Any, count: int, seed: int, steps: int | None, guidance: float | None, batch_size: int
-) -> ShapeSet:
+def _generated(pipe: Any, count: int, seed: int, batch_size: int, drawing: dict[str, Any]) -> ShapeSet:
     """Sample i has the class i mod (number of classes)."""
     classes = len(pipe.class_names)
     labels = torch.arange(count) % classes if classes else torch.full((count,), -1)
@@ -469,9 +472,10 @@ def _generated(
     with Progress(total=count, unit="shapes", title="sample") as progress:
         for first in range(0, count, batch_size):
             part = labels[first : first + batch_size]
-            meshes += pipe.generate(part, sample_seeds(seed, first, len(part)), steps=steps, guidance=guidance)
+            meshes += pipe.generate(part, sample_seeds(seed, first, len(part)), **drawing)
             progress.advance(len(part))
-    about = f"{getattr(pipe, 'weights_variant', 'given')} weights, seed {seed}, steps={steps}, guidance={guidance}"
+    how = ", ".join(f"{name}={value}" for name, value in drawing.items())
+    about = f"{getattr(pipe, 'weights_variant', 'given')} weights, seed {seed}, {how}"
     return ShapeSet(
         count, meshes.__getitem__, lambda number: pipe.class_names[number % classes] if classes else "", about
     )
