@@ -27,7 +27,9 @@ def compare(paths: Sequence[str | Path], out: str | Path | None = None) -> dict[
         paths: reports, or run directories, which stand for every report in their eval/.
         out: folder for compare.md and, where something varies between the reports, curves.png.
 
-    Returns: {"tables": [{"comparable", "rows"}], "files"}; a row has "report" and a value per metric.
+    Returns: {"tables": [{"comparable", "rows"}], "budget", "unfair", "files"}; a row has "report" and a value per metric. "budget" says of every report
+        of a generator what it was given: tokenizer (the beginning of its hash), parameters, samples, steps, guidance; "unfair" names what of it
+        is not the same for all: their figures may stand side by side, but do not say which method is better.
 
     Raises: UsageError for a run without reports, GenkitError for a file that is no report.
     """
@@ -40,20 +42,52 @@ def compare(paths: Sequence[str | Path], out: str | Path | None = None) -> dict[
             line[row["metric"]] = row["value"]
     found: dict[str, Any] = {
         "tables": [{"comparable": key, "rows": list(rows.values())} for key, rows in tables.items()],
+        **_budgets(reports, names),
         "files": [],
     }
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "compare.md").write_text(_markdown(found["tables"]), encoding="utf-8")
+        shown = [*found["tables"], *_budget_table(found)]
+        (folder / "compare.md").write_text(_markdown(shown), encoding="utf-8")
         found["files"] = [str(folder / "compare.md"), *_curves(reports, folder / "curves.png")]
     return found
 
 
 def render(found: dict[str, Any]) -> str:
     """The tables as people read them."""
-    parts = [f"[{table['comparable']}]\n{console.records(table['rows'])}" for table in found["tables"]]
+    tables = [*found["tables"], *_budget_table(found)]
+    parts = [f"[{table['comparable']}]\n{console.records(table['rows'])}" for table in tables]
     return "\n\n".join([*parts, *found["files"]])
+
+
+def _budgets(reports: dict[Path, Report], names: dict[Path, str]) -> dict[str, Any]:
+    """What each generator was given, and what of it differs. Nothing for reports that do not say, or of a single run."""
+    rows = []
+    for path, report in reports.items():
+        settings = report.settings
+        if settings.get("parameters") is None:
+            continue
+        row = {name: settings.get(name) for name in ("parameters", "samples", "num_steps", "guidance")}
+        rows.append({"report": names[path], "tokenizer": str(settings.get("tokenizer_sha256", ""))[:8], **row})
+    if len(rows) < 2:
+        return {"budget": [], "unfair": []}
+    unfair = [name for name in ("tokenizer", "parameters", "samples") if not _are_same([row[name] for row in rows])]
+    return {"budget": rows, "unfair": unfair}
+
+
+def _are_same(values: list[Any]) -> bool:
+    """Numbers within 5 % of each other are the same budget: sizes of networks cannot be chosen freely."""
+    if all(isinstance(value, int) for value in values):
+        return max(values) <= 1.05 * min(values)
+    return len(set(values)) == 1
+
+
+def _budget_table(found: dict[str, Any]) -> list[dict[str, Any]]:
+    if not found["budget"]:
+        return []
+    verdict = f"NOT the same {', '.join(found['unfair'])}" if found["unfair"] else "the same for all, a fair comparison"
+    return [{"comparable": f"what each was given: {verdict}", "rows": found["budget"]}]
 
 
 def verify(

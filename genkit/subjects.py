@@ -190,6 +190,7 @@ def _of_generator(pipe: Any, config: dict[str, Any], sampling: Sampling, weights
         modules=modules,
         notes=lambda: _judge_notes(config["data"]),
         identity=_place(pipe)
+        | _budget(pipe)
         | {"weights_sha256": sha, "sampler": sampler["type"], "num_steps": steps, "guidance": guidance}
         | asked
         | ({"sampler_changes": changes["sampler"]} if changes else {}),
@@ -300,6 +301,13 @@ def _place(pipe: Any) -> dict[str, Any]:
     step = int(checkpoint.name)
     batch_size = pipe.run_config["train"]["batch_size"]
     return {"run": checkpoint.parent.parent.resolve().name, "step": step, "samples": step * batch_size}
+
+
+def _budget(pipe: Any) -> dict[str, Any]:
+    """What a generator was given, beside the samples it was trained on: its tokenizer and its weights."""
+    backbone, tokenizer = getattr(pipe, "backbone", None), getattr(pipe, "tokenizer", None)
+    found = {} if backbone is None else {"parameters": sum(p.numel() for p in backbone.parameters())}
+    return found if tokenizer is None else found | {"tokenizer_sha256": module_sha256(tokenizer)}
 
 
 def _modules(pipe: Any) -> list[torch.nn.Module]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from genkit.cli import main
-from genkit.comparing import compare, verify
+from genkit.comparing import compare, render, verify
 from genkit.errors import GenkitError, UsageError
 from genkit.report import Report
 from genkit.training import train
@@ -27,6 +27,28 @@ def test_only_comparable_numbers_share_a_table(tmp_path):
     tables = compare(paths)["tables"]
     assert [table["comparable"] for table in tables] == ["adm, N=10", "quick, N=10"]
     assert tables[0]["rows"] == [{"report": "a", "FID": 1.0}, {"report": "b", "FID": 2.0}]
+
+
+@pytest.mark.parametrize(
+    ("change", "unfair"),
+    [
+        ({}, []),
+        ({"parameters": 1_010_000}, []),
+        ({"samples": 200}, ["samples"]),
+        ({"tokenizer_sha256": "ff" * 32}, ["tokenizer"]),
+    ],
+)
+def test_the_fair_table_says_what_each_was_given(tmp_path, change, unfair):
+    given = {"parameters": 1_000_000, "samples": 100, "tokenizer_sha256": "ab" * 32, "num_steps": 8, "guidance": 2.0}
+    paths = [report(tmp_path / "a.json", 1.0, **given), report(tmp_path / "b.json", 2.0, **given | change)]
+    found = compare(paths, tmp_path / "out")
+    assert found["unfair"] == unfair
+    assert [row["report"] for row in found["budget"]] == ["a", "b"]
+    assert found["budget"][0]["tokenizer"] == "abababab"
+    words = "NOT the same " + unfair[0] if unfair else "the same for all, a fair comparison"
+    assert words in render(found)
+    assert words in (tmp_path / "out" / "compare.md").read_text()
+    assert compare(paths[:1])["budget"] == []
 
 
 def test_curves_are_drawn_over_what_varies(tmp_path):
