@@ -117,7 +117,12 @@ def sample(
         from genkit import shapes
 
         drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler}
-        how: dict[str, Any] = {"format": format, "batch_size": batch_size, "resolution": resolution, "turntable": turntable}
+        how: dict[str, Any] = {
+            "format": format,
+            "batch_size": batch_size,
+            "resolution": resolution,
+            "turntable": turntable,
+        }
         return shapes.write_samples(pipeline, state, folder, settings, all_labels, seeds, **how, **drawing)
     grid = None if size is None else pipeline.grid_of(size)
     edited = None
