@@ -22,6 +22,7 @@ from genkit.nn.paths import Predictor
 from genkit.nn.token_head import TokenPredictor
 
 Schedule = Literal["constant", "linear", "cosine"]
+CONTEXTS = ("context", "text")  # conditions of which all zeros mean nothing
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def guide(
     Args:
         weak: a worse model of the same kind for autoguidance; None = the model itself without labels.
     """
-    if guidance.strength == 1 or ("label" not in cond and weak is None):
+    if guidance.strength == 1 or (not cond.keys() & {"label", *CONTEXTS} and weak is None):
         return objective.predictor(model, cond, layout)
     if hasattr(objective, "guided"):
         return objective.guided(model, cond, guidance, weak)
@@ -257,9 +258,12 @@ def _lerp(poor: Tensor, strong: Tensor, weight: Tensor | float, channels: int | 
 
 
 def _and_null(cond: Cond) -> Cond:
-    """The condition for a doubled batch: its second half without labels, everything else repeated."""
-    doubled = {name: torch.cat([value, value]) for name, value in cond.items()}
-    return {**doubled, "label": torch.cat([cond["label"], torch.full_like(cond["label"], -1)])}
+    """The condition for a doubled batch: its second half without labels, contexts and texts, everything else repeated."""
+    nothing = {"label": -1, **dict.fromkeys(CONTEXTS, 0)}
+    return {
+        name: torch.cat([value, torch.full_like(value, nothing[name]) if name in nothing else value])
+        for name, value in cond.items()
+    }
 
 
 def _twice(layout: Layout) -> Layout:

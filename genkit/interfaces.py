@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from genkit.rng import Rng
 
 # Everything a model is conditioned on, by name. "label": [B] int64, -1 = no label (the null class of classifier-free guidance).
+# "context": [B, k, E] vectors that are attended to, neighbours or states of a text encoder; "text": [B, T] int64 bytes, 0 behind the end. All 0 = nothing.
 Cond = Mapping[str, "Tensor"]
 
 # What lives between two calls of a model while sampling: key/values, reused context features, attention statistics.

@@ -17,13 +17,16 @@ from genkit.errors import UsageError
 from genkit.guidance import Guidance, guide
 from genkit.interfaces import Layout
 from genkit.mixers.attention import KeysValues
+from genkit.neighbours import Database
 from genkit.nn import grain as grains
 from genkit.nn.grain_sequence import GrainSequence
 from genkit.nn.layout import dense_layout
 from genkit.nn.multiscale import ScaleQuantizer
+from genkit.nn.text import bytes_of
 from genkit.objectives.next_code import NextCode
 from genkit.objectives.next_scale import NextScale
-from genkit.objectives.next_token import NextToken
+from genkit.objectives.next_token import NextToken, drop
+from genkit.optional import is_installed
 from genkit.rng import Rng
 from genkit.samplers.autoregressive import Autoregressive
 from genkit.samplers.beam import Beam
@@ -527,6 +530,101 @@ def test_parallel_decoding_refuses_mixers_that_cannot_take_back():
     predict = objective.predictor(model, {"label": LABELS}, LAYOUT)
     with torch.no_grad(), pytest.raises(UsageError, match="only attention can"):
         Jacobi()(predict, empty(predict, 4), Rng.at(0, 0, 4))
+
+
+# Neighbours and texts
+
+
+def conditioned(name: str) -> tuple[Any, dict[str, Tensor]]:
+    options = {"context_dim": 5} if name == "context" else {"text_length": 12}
+    model, _ = make("gpt", **options)
+    given = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(4))
+    texts = ["a sneaker", "a bag", "schön", "a coat that is far too long"]
+    return model, {name: given if name == "context" else bytes_of(texts, 12)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["context", "text"])
+def test_the_context_matters_and_zeros_are_none(name):
+    model, cond = conditioned(name)
+    layout, objective = LAYOUT, NextToken()
+    ids = random_ids("gpt").flatten(1)[:, :5]
+    with_it, without = (objective.predictor(model, c, layout)(ids) for c in (cond, {}))
+    assert (with_it - without).abs().amax((1, 2)).min() > 1e-3
+    nothing = objective.predictor(model, {name: cond[name] * 0}, layout)(ids)
+    torch.testing.assert_close(nothing, without, atol=1e-5, rtol=1e-5)
+    guided = guide(objective, model, cond, layout, Guidance(3.0))(ids)
+    torch.testing.assert_close(guided, torch.lerp(without, with_it, 3.0), atol=1e-4, rtol=1e-5)
+    dropped = drop(cond, 1.0, Rng.at(0, 0, 4))
+    assert (dropped[name] == 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["context", "text"])
+def test_samples_with_a_context_are_the_same_by_every_way(name):
+    model, cond = conditioned(name)
+    predict = guide(NextToken(), model, cond, LAYOUT, Guidance(2.0))
+    start = empty(predict, 4)
+    expected = Autoregressive(cache=False)(predict, start, Rng.at(0, 0, 4))
+    assert torch.equal(Autoregressive()(predict, start, Rng.at(0, 0, 4)), expected)
+    assert torch.equal(Jacobi()(predict, start, Rng.at(0, 0, 4)), expected)
+    assert Beam(num_beams=2)(predict, start, Rng.at(0, 0, 4)).min() >= 0
+
+
+@torch.no_grad()
+def test_the_order_of_neighbours_does_not_matter_and_their_number_may_change():
+    model, cond = conditioned("context")
+    ids = random_ids("gpt").flatten(1)[:, :5]
+    a, b = (model.next_logits(ids, {"context": c}, LAYOUT) for c in (cond["context"], cond["context"].flip(1)))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert model.next_logits(ids, {"context": cond["context"][:, :1]}, LAYOUT).isfinite().all()
+    with pytest.raises(UsageError, match=r"expected \[B, k, 5\] as in training"):
+        model.next_logits(ids, {"context": torch.zeros(4, 3, 6)}, LAYOUT)
+
+
+def test_the_text_encoder_learns_with_the_generator():
+    model, cond = conditioned("text")
+    loss = NextToken(cond_drop=0.0)(model.train(), random_ids("gpt"), cond, LAYOUT, Rng.at(0, 0, 4))["nll"].mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.text.parameters())
+
+
+def test_neighbours_are_those_of_brute_force_without_the_query_itself():
+    generator = torch.Generator().manual_seed(0)
+    vectors, queries = torch.randn(50, 6, generator=generator), torch.randn(7, 6, generator=generator)
+    database = Database(vectors, torch.arange(50) % 5)
+    similarity = torch.nn.functional.cosine_similarity(queries[:, None], vectors[None], dim=-1)
+    assert torch.equal(database.search(queries, 4, piece=3), similarity.topk(4).indices)
+    torch.testing.assert_close(database.context(queries, 4), vectors[similarity.topk(4).indices])  # not normalised
+    itself = torch.arange(50)
+    found = database.search(vectors, 3, omit=itself)
+    assert (found != itself[:, None]).all()
+    assert torch.equal(found, database.search(vectors, 4)[:, 1:])
+    assert set((database.of_classes([1, 3]).labels).tolist()) == {1, 3}
+    if is_installed("faiss"):
+        assert torch.equal(Database(vectors, index="faiss").search(queries, 4), similarity.topk(4).indices)
+    often = torch.arange(50)
+    assert database.draw(Rng.at(0, 0, 30), often, share=0.1).min() >= 45
+    assert len(Database.of([vectors[:20, :, None, None], vectors[20:, :, None, None]], lambda x: x)) == 50
+
+
+def test_databases_that_cannot_be_are_refused():
+    for empty_ in (lambda: Database(torch.zeros(0, 6)), lambda: Database.of([], lambda x: x)):
+        with pytest.raises(UsageError, match="the database of neighbours is empty"):
+            empty_()
+    database = Database(torch.randn(3, 6))
+    with pytest.raises(UsageError, match="4 neighbours of a database of 3 entries"):
+        database.search(torch.randn(2, 6), 4)
+    with pytest.raises(UsageError, match="between 1 and 2"):
+        database.search(torch.randn(2, 6), 3, omit=torch.tensor([0, 1]))
+    with pytest.raises(UsageError, match="0 neighbours"):
+        database.search(torch.randn(2, 6), 0)
+    with pytest.raises(UsageError, match="both must come from one embedding"):
+        database.search(torch.randn(2, 5), 1)
+    with pytest.raises(UsageError, match="no labels"):
+        database.of_classes([1])
+    with pytest.raises(UsageError, match="is empty"):
+        Database(torch.randn(3, 6), torch.tensor([0, 1, 1])).of_classes([7])
 
 
 # Scales

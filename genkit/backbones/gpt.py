@@ -19,6 +19,7 @@ from genkit.interfaces import Cache, Cond, Layout
 from genkit.kernels.decode_block.op import compiled
 from genkit.mixers.attention import Attention
 from genkit.nn.causal_block import causal, init_normal
+from genkit.nn.cross_attention import CrossAttention
 from genkit.nn.drop_path import DropPath
 from genkit.nn.dropout import Dropout
 from genkit.nn.embed import IdEmbedding, LabelEmbedding
@@ -26,6 +27,7 @@ from genkit.nn.gated_mlp import GatedMLP
 from genkit.nn.norm import RMSNorm
 from genkit.nn.rope import rope_table
 from genkit.nn.sequence import behind_prefix, part
+from genkit.nn.text import TextEncoder
 from genkit.registry import MixerSpec, maker
 
 ATTENTION: MixerSpec = {
@@ -45,17 +47,33 @@ def hidden_of(dim: int, multiple_of: int) -> int:
 
 
 class Block(nn.Module):
-    """Mixer and gated perceptron in residual branches, an RMS norm before each."""
+    """Mixer and gated perceptron in residual branches, an RMS norm before each; with a context, attention to it between them."""
 
-    def __init__(self, *, dim: int, mixer: nn.Module, hidden: int, norm_eps: float, dropout: float, drop_path: float):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        mixer: nn.Module,
+        hidden: int,
+        norm_eps: float,
+        dropout: float,
+        drop_path: float,
+        cross: nn.Module | None = None,
+    ):
         super().__init__()
         self.mix_norm, self.mixer = RMSNorm(dim, norm_eps), mixer
         self.mlp_norm, self.mlp = RMSNorm(dim, norm_eps), GatedMLP(dim=dim, hidden=hidden, bias=False)
         self.dropout, self.drop_path = Dropout(dropout), DropPath(drop_path)
         self.eps = norm_eps
+        self.cross = cross
+        self.cross_norm = None if cross is None else RMSNorm(dim, norm_eps)
 
-    def forward(self, h: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, layout: Layout, cache: Cache | None = None, context: tuple[Tensor, Tensor | None] | None = None
+    ) -> Tensor:
         h = h + self.drop_path(self.dropout(self.mixer(self.mix_norm(h), layout, cache)))
+        if self.cross is not None and self.cross_norm is not None and context is not None:
+            h = h + self.drop_path(self.dropout(self.cross(self.cross_norm(h), *context)))
         return h + self.drop_path(self.dropout(self.mlp(self.mlp_norm(h))))
 
     @property
@@ -63,7 +81,11 @@ class Block(nn.Module):
         """Whether the mixer is attention as Llama has it, for which there is a kernel."""
         mixer = self.mixer
         return (
-            type(mixer) is Attention and mixer.rope and mixer.qkv.bias is None and isinstance(mixer.q_norm, nn.Identity)
+            type(mixer) is Attention
+            and mixer.rope
+            and mixer.qkv.bias is None
+            and isinstance(mixer.q_norm, nn.Identity)
+            and self.cross is None
         )
 
     def step(self, h: Tensor, layout: Layout, cache: Cache, kernel: Any) -> Tensor:
@@ -76,6 +98,11 @@ class Block(nn.Module):
         out = kernel(h, *[part.weight for part in weights], *turn, keys, values, held.length, self.eps)
         held.length += 1
         return out
+
+
+def cross_heads(dim: int) -> int:
+    """Of 64 channels, or one that has them all."""
+    return dim // 64 if dim % 64 == 0 else 1
 
 
 class GPT(ModelMixin, ConfigMixin):
@@ -91,6 +118,10 @@ class GPT(ModelMixin, ConfigMixin):
         multiple_of: hidden channels of the perceptrons are 8/3 dim rounded up to a multiple of this.
         class_rope: rotary place of the condition's token. "zero" has no place, as in the released code: it is attended to with logit 0. "identity":
             it is at 0, as the first id is.
+        context_dim: width of the vectors in cond["context"], which every block attends to: embeddings of neighbours (genkit.neighbours), or the states
+            of any text encoder. null = no such attention.
+        text_length: letters of the texts in cond["text"] that are read by an encoder trained here (genkit.nn.text); null = no texts. Not together with
+            context_dim.
         norm_eps: of the RMS norms.
         token_dropout: on the embedded tokens.
         dropout: on both residual branches.
@@ -114,6 +145,8 @@ class GPT(ModelMixin, ConfigMixin):
         mixer: MixerSpec = ATTENTION,
         multiple_of: int = 256,
         class_rope: Literal["zero", "identity"] = "zero",
+        context_dim: int | None = None,
+        text_length: int | None = None,
         norm_eps: float = 1e-5,
         token_dropout: float = 0.0,
         dropout: float = 0.0,
@@ -126,8 +159,12 @@ class GPT(ModelMixin, ConfigMixin):
             raise UsageError(
                 f"backbone.type=gpt draws one id per place, the tokenizer makes {num_levels}; use backbone.type=rq"
             )
+        if context_dim is not None and text_length is not None:
+            raise UsageError("backbone.context_dim and backbone.text_length: the context is one or the other")
         make_mixer = maker("mixer", mixer)
         self.gradient_checkpointing = False
+        self.text = None if text_length is None else TextEncoder(dim=dim, length=text_length)
+        width = dim if text_length is not None else context_dim
         self.embed = IdEmbedding(num_levels=1, num_rows=codebook_size, dim=dim)
         self.label = LabelEmbedding(num_classes=num_classes, dim=dim)
         self.drop_tokens = Dropout(token_dropout)
@@ -139,6 +176,7 @@ class GPT(ModelMixin, ConfigMixin):
                 norm_eps=norm_eps,
                 dropout=dropout,
                 drop_path=drop_path * i / max(1, depth - 1),
+                cross=None if width is None else CrossAttention(dim=dim, context_dim=width, num_heads=cross_heads(dim)),
             )
             for i in range(depth)
         )
@@ -168,6 +206,7 @@ class GPT(ModelMixin, ConfigMixin):
 
         With a cache only the ids behind those of earlier calls are computed.
         """
+        context = self._context(cond, cache)
         before = 0 if cache is None else cache.get("seen", 0)  # tokens whose keys and values are known
         sequence = behind_prefix(layout, PREFIX, self.config["class_rope"])
         h = self.embed.table(ids[:, max(0, before - PREFIX) :])  # [B, n, D]
@@ -186,10 +225,28 @@ class GPT(ModelMixin, ConfigMixin):
             return self.head(self.norm(h)).unsqueeze(1)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                h = self._gradient_checkpointing_func(block, h, tokens)
+                h = self._gradient_checkpointing_func(block, h, tokens, None, context)
             else:
-                h = block(h, tokens, cache)
+                h = block(h, tokens, cache, context)
         return self.head(self.norm(h[:, -last:]))
+
+    def _context(self, cond: Cond, cache: Cache | None) -> tuple[Tensor, Tensor | None] | None:
+        """What the blocks attend to and which of it is real; made once for a cache."""
+        if cache is not None and "context" in cache:
+            return cache["context"]
+        context: tuple[Tensor, Tensor | None] | None = None
+        if self.text is not None and "text" in cond:
+            context = self.text(cond["text"])
+        elif self.config["context_dim"] is not None and "context" in cond:
+            given = cond["context"]
+            if given.ndim != 3 or given.shape[2] != self.config["context_dim"]:
+                raise UsageError(
+                    f"the context is {list(given.shape)}, expected [B, k, {self.config['context_dim']}] as in training (backbone.context_dim)"
+                )
+            context = (given, (given != 0).any(-1))  # all zero = nothing
+        if cache is not None and context is not None:
+            cache["context"] = context
+        return context
 
     def _kernel(self, h: Tensor, tokens: Layout, cache: Cache | None) -> Any:
         """What takes a single token through a block faster than its parts, or None."""

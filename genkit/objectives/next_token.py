@@ -83,11 +83,15 @@ def losses(logits: Tensor, answers: Tensor, label_smoothing: float) -> dict[str,
 
 
 def drop(cond: Cond, probability: float, rng: Rng) -> Cond:
-    """The condition with labels replaced by -1, each with this probability."""
-    if "label" not in cond:
+    """The condition with everything of a sample left out with this probability: label -1, a context or text of zeros."""
+    if not cond:
         return cond
     dropped = rng.fork("cond").uniform() < probability  # [B]
-    return {**cond, "label": torch.where(dropped, -1, cond["label"])}
+    nothing = {"label": -1}
+    return {
+        name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), nothing.get(name, 0), value)
+        for name, value in cond.items()
+    }
 
 
 def repeat(cond: Cond, times: int) -> Cond:

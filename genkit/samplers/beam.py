@@ -127,7 +127,9 @@ def reorder(cache: Cache, rows: Tensor, batch: int) -> None:
         elif hasattr(value, "select"):
             value.select(_for(rows, value.batch, batch))
         elif isinstance(value, tuple | list):
-            cache[name] = type(value)(part[_for(rows, part.shape[0], batch)] for part in value)
+            cache[name] = type(value)(
+                part[_for(rows, part.shape[0], batch)] if isinstance(part, Tensor) else part for part in value
+            )
 
 
 def _for(rows: Tensor, held: int, batch: int) -> Tensor:
