@@ -139,7 +139,7 @@ def _of_generator(pipe: Any, config: dict[str, Any], sampling: Sampling, weights
 
     size = None if sampling.size is None else parse_size(sampling.size)
     data = config["data"] if size is None else sources.at_size(config["data"], size)
-    asked: dict[str, Any] = {"size": size} if size is not None else {}
+    asked: dict[str, Any] = {"size": list(size)} if size is not None else {}
     asked |= {"rope": dict(sampling.rope)} if sampling.rope else {}
     changes: dict[str, Any] = {"sampler": list(sampling.sampler)} if sampling.sampler else {}
 

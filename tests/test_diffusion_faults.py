@@ -252,3 +252,28 @@ def test_the_same_mistakes_in_python(home):
     assert images.shape == (2, 3, 8, 12)
     alone = pipe.generate(torch.tensor([1]), [7], size="8x12")
     torch.testing.assert_close(pipe.generate(torch.tensor([3, 1]), [2, 7], size="8x12")[1:], alone, atol=1e-5, rtol=0)
+
+
+def test_a_report_at_another_size_is_verified(home, capsys):
+    """The same figures again, and nothing that is said to have changed."""
+    out = home / "wide.json"
+    words = [
+        "eval",
+        str(home / "fit"),
+        "--size",
+        "8x12",
+        "--rope",
+        "ntk",
+        "-n",
+        "8",
+        "-o",
+        str(out),
+        "--device",
+        "cpu",
+        "-q",
+    ]
+    assert main(words) == 0
+    assert json.loads(out.read_text())["settings"]["size"] == [8, 12]
+    capsys.readouterr()
+    assert main(["eval", "--verify", str(out), "--device", "cpu", "-q"]) == 0
+    assert "size" not in capsys.readouterr().out
