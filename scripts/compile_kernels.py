@@ -5,7 +5,7 @@ before anybody launches it. What is compiled is what each genkit/kernels/<op>/tr
 
     kernel, name                    the kernel function and what is special about this variant
     signature, constexprs           parameter -> type ("*bf16", "i32", "constexpr"), and the values of the constants
-    num_warps, num_stages           as launched
+    num_warps, num_stages           as launched; and maxnreg, the most registers of a thread (optional)
     aligned                         names of the integers that are multiples of 16 (optional). Pointers are taken to be aligned to 16 bytes, as torch's are.
 
 Exit code 1 when a variant does not compile, spills, or exceeds the shared memory.
@@ -77,7 +77,7 @@ def compile_one(op: str, index: int, arch: int) -> Row:
     signature = {name: variant["signature"][name] for name in names}
     aligned = {name for name, kind in signature.items() if kind.startswith("*")} | set(variant.get("aligned", ()))
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    options = {"num_warps": variant["num_warps"], "num_stages": variant["num_stages"]}
+    options = {name: variant[name] for name in ("num_warps", "num_stages", "maxnreg") if name in variant}
     try:
         source = ASTSource(fn=kernel, signature=signature, constexprs=variant["constexprs"], attrs=attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

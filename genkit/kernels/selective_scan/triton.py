@@ -21,6 +21,8 @@ from genkit.dispatch import is_interpreting
 
 _CHUNK = 16  # steps between kept states
 _TILE = 1024  # states of a program at most: 8 per thread and tile, nothing spilled on sm_80 and sm_90
+# Left alone the assembler for sm_90 squeezes half precision into 168 registers and spills.
+_BACKWARD_OPTIONS: dict[str, int] = {} if torch.version.hip else {"maxnreg": 192}
 _PROGRAMS = 1024  # fewer than this leave a device idle
 _LEAST_SEGMENT = 128  # steps
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -415,7 +417,7 @@ def _backward(
             _join(A, behind, ends, total, carries, dfirst, blocks, is_backward=True)
         _backward_kernel[grid](
             *inputs, kept, dout, carries, scratch, du, ddelta, dA, dB, dC, dskip, dz, dbias, dfirst,
-            N, D, groups, R, length, HAS_SKIP=skip is not None, CHUNK=_CHUNK, **flags,
+            N, D, groups, R, length, HAS_SKIP=skip is not None, CHUNK=_CHUNK, **flags, **_BACKWARD_OPTIONS,
         )  # fmt: skip
     return [
         du,
@@ -523,6 +525,7 @@ def variants() -> list[dict[str, Any]]:
                         "constexprs": constants,
                         "num_warps": 4,
                         "num_stages": 2,
+                        **(_BACKWARD_OPTIONS if name == "backward" else {}),
                     }
                 )
     return found
