@@ -103,7 +103,8 @@ COMMON = (
 
 
 @verb(
-    "train a small tokenizer and generator on embedded images, sample, evaluate: everything once, in minutes",
+    "train a small tokenizer and generator on embedded images or shapes, sample, evaluate: everything once, in minutes",
+    argument("what", nargs="?", choices=["images", "shapes"], default="images", help="default: images"),
     RUNS,
     SEED,
     DEVICE,
@@ -111,7 +112,7 @@ COMMON = (
 def quickstart(args: argparse.Namespace) -> Answer:
     from genkit import quickstart
 
-    found = quickstart.quickstart(out=args.out, seed=args.seed, device=args.device)
+    found = quickstart.quickstart(what=args.what, out=args.out, seed=args.seed, device=args.device)
     return Answer(found, quickstart.render(found))
 
 

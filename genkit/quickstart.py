@@ -13,15 +13,22 @@ from genkit import files
 RECIPES = Path(__file__).parent / "configs" / "toy"
 IMAGES_PER_CLASS = 10
 EVALUATED = 1000
+SHAPES = 24  # in the contact sheet
+SHAPES_EVALUATED = 48
+# What is made -> recipe of the tokenizer, recipe of the generator, its classes; the runs are called like the recipes.
+LINES = {"images": ("vq-fashion", "masked-fashion", 10), "shapes": ("octree-shapes", "octgpt-shapes", 6)}
 
 
-def quickstart(*, out: str | Path = "runs", seed: int = 0, device: str | None = None) -> dict[str, Any]:
-    """Train the toy tokenizer and the toy masked generator, sample a labelled grid, evaluate both.
+def quickstart(
+    *, what: str = "images", out: str | Path = "runs", seed: int = 0, device: str | None = None
+) -> dict[str, Any]:
+    """Train a toy tokenizer and a toy masked generator, sample a labelled grid, evaluate both.
 
     Every phase that is complete is kept: training resumes from its checkpoint, finished phases keep their figures.
 
     Args:
-        out: where the two runs lie: vq-fashion and masked-fashion.
+        what: "images" of clothes, or "shapes", procedural furniture and things as meshes.
+        out: where the two runs lie: vq-fashion and masked-fashion, or octree-shapes and octgpt-shapes.
 
     Returns: figures by name, seconds per phase, paths of the pictures.
     """
@@ -31,11 +38,13 @@ def quickstart(*, out: str | Path = "runs", seed: int = 0, device: str | None = 
     from genkit.training import train
 
     out = Path(out)
-    record = out / "quickstart.json"
-    tokenizer_run, generator_run, folder = out / "vq-fashion", out / "masked-fashion", out / "quickstart-samples"
+    first, second, classes = LINES[what]
+    suffix = "" if what == "images" else f"-{what}"
+    record = out / f"quickstart{suffix}.json"
+    tokenizer_run, generator_run, folder = out / first, out / second, out / f"quickstart{suffix}-samples"
     kept: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     seconds: dict[str, float] = {}
-    recipe = RECIPES / "masked-fashion.yaml"
+    recipe = RECIPES / f"{second}.yaml"
     overrides = [f"train.seed={seed}", f"tokenizer.from={tokenizer_run}"]
 
     def once(name: str, run: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -49,18 +58,21 @@ def quickstart(*, out: str | Path = "runs", seed: int = 0, device: str | None = 
         seconds[name] = kept[name]["seconds"]
         return kept[name]["result"]
 
-    tokenizer = train(RECIPES / "vq-fashion.yaml", overrides[:1], out=out, device=device)
+    tokenizer = train(RECIPES / f"{first}.yaml", overrides[:1], out=out, device=device)
     seconds["train tokenizer"] = _training_seconds(tokenizer)
     once("cache tokens", tokenizer, lambda: cache(recipe, overrides, out=str(out.parent / "cache"), device=device))
     generator = train(recipe, overrides, out=out, device=device)
     seconds["train generator"] = _training_seconds(generator)
-    count = IMAGES_PER_CLASS * 10
+    few = None if what == "images" else SHAPES_EVALUATED
+    count = IMAGES_PER_CLASS * classes if what == "images" else SHAPES
     grid = once("sample", generator, lambda: sample(generator_run, count=count, seed=seed, out=folder, device=device))
-    rebuilt = once("evaluate tokenizer", tokenizer, lambda: evaluate(tokenizer_run, device=device).to_dict())
+    rebuilt = once("evaluate tokenizer", tokenizer, lambda: evaluate(tokenizer_run, count=few, device=device).to_dict())
     samples = once(
         "evaluate generator",
         generator,
-        lambda: evaluate(generator_run, count=EVALUATED, seed=seed + 1, device=device).to_dict(),
+        lambda: evaluate(
+            generator_run, count=EVALUATED if what == "images" else few, seed=seed + 1, device=device
+        ).to_dict(),
     )
     return {
         "figures": [*rebuilt["rows"], *samples["rows"]],

@@ -24,6 +24,7 @@ from genkit.octree.partition import around, blend, blend_with_gradient
 from genkit.octree.tokens import samples_of
 from genkit.pipeline import open_run
 from genkit.recipes import resolve
+from genkit.report import Report
 from genkit.rng import Rng
 from genkit.sampling import sample
 from genkit.tokenizers.octree_vq import OctreeVQ
@@ -342,3 +343,44 @@ def test_a_function_without_a_surface_is_reported_and_not_written(tmp_path, monk
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("000000.gif", "000000.ply", "000002.gif", "000002.ply", "grid.png", "samples.json")
     ]
+
+
+def test_the_whole_line_of_shapes(tmp_path, monkeypatch):
+    """Tokenizer, tokens, generator, samples, figures, at a size at which only whether it runs can be seen; twice gives the same."""
+    from genkit import quickstart
+
+    tokenizer = (quickstart.RECIPES / "octree-shapes.yaml").read_text()
+    generator = (quickstart.RECIPES / "octgpt-shapes.yaml").read_text()
+    for old, new in (
+        ("num_samples: 3200", "num_samples: 4"),
+        ("num_shapes: 600", "num_shapes: 12"),
+        ("num_points: 2048", "num_points: 300"),
+    ):
+        assert old in tokenizer
+        tokenizer = tokenizer.replace(old, new)
+    for old, new in (
+        ("num_samples: 5120", "num_samples: 16"),
+        ("num_shapes: 600", "num_shapes: 12"),
+        ("[12, 24]", "[2, 2]"),
+        ("dim: 96", "dim: 24"),
+    ):
+        assert old in generator
+        generator = generator.replace(old, new)
+    for name, text in (("octree-shapes", tokenizer), ("octgpt-shapes", generator)):
+        text = text.replace("num_images: 12", "num_images: 2").replace("num_points: 2048", "num_points: 300")
+        (tmp_path / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(quickstart, "RECIPES", tmp_path)
+    monkeypatch.setattr(quickstart, "SHAPES", 2)
+    measured = []
+
+    def measure(run, **how):  # what is measured has tests of its own: tests/test_shape_metrics.py
+        measured.append((run.name, how["count"]))
+        return Report([{"metric": "IoU", "value": 0.5, "better": "higher", "comparable": "", "protocol": run.name}])
+
+    monkeypatch.setattr("genkit.evaluation.evaluate", measure)
+    monkeypatch.setattr(OctreeVQ.meshes, "__defaults__", (16, 0.002))
+    found = quickstart.quickstart(what="shapes", out=tmp_path / "runs")
+    assert measured == [("octree-shapes", 48), ("octgpt-shapes", 48)]
+    assert (tmp_path / "runs/quickstart-shapes-samples/grid.png").is_file()
+    assert "train generator" in quickstart.render(found)
+    assert quickstart.quickstart(what="shapes", out=tmp_path / "runs") == found
