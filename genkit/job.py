@@ -17,6 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from genkit import caching, checkpoint, files, images, registry, shapes
 from genkit import config as configs
+from genkit.captions import captions, condition, reads_texts
 from genkit.checkpoint import Counters, Run
 from genkit.data.cache import check_size
 from genkit.data.loader import batches, read_all
@@ -68,6 +69,13 @@ class Job:
         layout = self.layout_of(batch, z)
         assert layout is not None
         return z if layout.valid is None else torch.where(layout.valid.unflatten(1, z.shape[2:]).unsqueeze(1), z, 0)
+
+    def cond_of(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What a generator is told of a batch; nothing when a tokenizer is trained."""
+        if self.tokenizer is None:
+            return {}
+        texts = captions(batch, self.class_names) if reads_texts(self.model) else None
+        return condition(self.model, batch["label"], self.class_names, texts)
 
     @property
     def total_samples(self) -> int:

@@ -23,6 +23,7 @@ from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
 from genkit import config, registry
+from genkit.captions import condition
 from genkit.checkpoint import find_run
 from genkit.data.sizes import parse_size, show_size
 from genkit.errors import GenkitError, UsageError
@@ -117,6 +118,7 @@ class GeneratorPipeline(DiffusionPipeline):
         rope: Mapping[str, Any] | None = None,
         start: Tensor | None = None,
         resolution: int | None = None,
+        texts: Sequence[str] | None = None,
         on_step: OnStep | None = None,
     ) -> Any:
         """Samples by label and seed: the same pair gives the same image in any batch.
@@ -132,6 +134,7 @@ class GeneratorPipeline(DiffusionPipeline):
             start: of masked generators, what is known: ids [B, Q, *grid] with -1, or latents [B, C, *grid] with NaN, where they are to be found
                 (genkit/editing.py makes it of an image).
 
+            texts: of generators that read texts, one for each sample; None = the names of the classes.
             resolution: of shapes, cells along a side in which their surface is looked for; None = the tokenizer's.
 
         Returns: [B, C, Y, X] in [-1, 1]; of shapes a list of B meshes.
@@ -163,7 +166,7 @@ class GeneratorPipeline(DiffusionPipeline):
         predict: Any = guide(
             objective,
             reuse.start(self.backbone) if wraps else self.backbone,
-            {"label": labels.to(self.device)},
+            condition(self.backbone, labels.to(self.device), self.class_names, texts),
             dense_layout(grid, device=self.device),
             how,
             reuse.start(weak) if wraps and weak is not None else weak,

@@ -13,6 +13,7 @@ from genkit.backbones.dq import DQ
 from genkit.backbones.gpt import GPT
 from genkit.backbones.rq import RQ
 from genkit.backbones.var import VAR
+from genkit.captions import captions
 from genkit.errors import UsageError
 from genkit.guidance import Guidance, guide
 from genkit.interfaces import Layout
@@ -27,11 +28,14 @@ from genkit.objectives.next_code import NextCode
 from genkit.objectives.next_scale import NextScale
 from genkit.objectives.next_token import NextToken, drop
 from genkit.optional import is_installed
+from genkit.pipeline import open_run
 from genkit.rng import Rng
 from genkit.samplers.autoregressive import Autoregressive
 from genkit.samplers.beam import Beam
 from genkit.samplers.jacobi import Jacobi
 from genkit.samplers.truncation import Truncation, draw, truncate
+from genkit.training import train
+from tests.tiny import GENERATOR, TOKENIZER
 
 S, GRID, SCALES = 11, (4, 4), (1, 2, 4)
 LABELS = torch.tensor([0, 1, 3, -1])
@@ -770,3 +774,38 @@ def test_a_generator_learns_classes_and_order():
     with torch.no_grad():
         out = Autoregressive()(predict, empty(predict, 32), Rng.at(1, 0, 32))
     assert (out == target).float().mean() > 0.95
+
+
+def test_a_generator_is_trained_sampled_and_told_texts(tmp_path, monkeypatch):
+    """The whole line: tokens, a generator with a text encoder, samples by label, by text and by name."""
+    monkeypatch.chdir(tmp_path)
+    train(TOKENIZER, {"train.num_samples": 32})
+    mixer = {**ATTENTION, "bias": False}
+    recipe = GENERATOR | {
+        "name": "gpt",
+        "backbone": {"type": "gpt", "dim": 16, "depth": 1, "multiple_of": 8, "mixer": mixer, "text_length": 12},
+        "objective": {"type": "next_token"},
+        "sampler": {"type": "autoregressive", "guidance": 2.0},
+    }
+    run = train(recipe, {"train.num_samples": 32})
+    pipe = open_run(run.path)
+    labels = torch.tensor([7, 8, -1])
+    torch.nn.init.normal_(pipe.backbone.head.weight)  # two steps have not taught it much
+    by_label = pipe.generate(labels, [1, 2, 3])
+    assert by_label.shape == (3, 1, 28, 28)
+    names = [pipe.class_names[7], pipe.class_names[8], ""]
+    assert torch.equal(pipe.generate(labels, [1, 2, 3], texts=names), by_label)
+    assert not torch.equal(pipe.generate(labels, [1, 2, 3], texts=["a dress", "a dress", "a dress"]), by_label)
+    with pytest.raises(UsageError, match="1 texts for 3 samples"):
+        pipe.generate(labels, [1, 2, 3], texts=["a dress"])
+    with pytest.raises(UsageError, match="takes as many steps as its generator draws in"):
+        pipe.generate(labels, [1, 2, 3], steps=5)
+    with pytest.raises(UsageError, match=r"tokenizer\.from is a vq"):
+        train(recipe | {"name": "scales", "objective": {"type": "next_scale"}, "backbone": recipe["backbone"]})
+    with pytest.raises(UsageError, match="needs a tokenizer that codes so"):
+        train(recipe | {"name": "var", "objective": {"type": "next_scale"}, "backbone": {"type": "var"}})
+
+
+def test_captions_are_the_names_of_emoji_or_of_classes():
+    batch = {"key": ["1F600 grinning face", "train/17", "x"], "label": torch.tensor([0, 1, -1])}
+    assert captions(batch, ["faces", "coat"]) == ["grinning face", "coat", ""]

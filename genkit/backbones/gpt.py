@@ -163,7 +163,9 @@ class GPT(ModelMixin, ConfigMixin):
             raise UsageError("backbone.context_dim and backbone.text_length: the context is one or the other")
         make_mixer = maker("mixer", mixer)
         self.gradient_checkpointing = False
-        self.text = None if text_length is None else TextEncoder(dim=dim, length=text_length)
+        self.text = (
+            None if text_length is None else TextEncoder(dim=dim, num_heads=cross_heads(dim), length=text_length)
+        )
         width = dim if text_length is not None else context_dim
         self.embed = IdEmbedding(num_levels=1, num_rows=codebook_size, dim=dim)
         self.label = LabelEmbedding(num_classes=num_classes, dim=dim)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from genkit.interfaces import Layout
-from genkit.mixers.attention import Attention
-from genkit.nn.causal_block import CausalBlock
+from genkit.nn.cross_attention import CrossAttention
+from genkit.nn.mlp import MLP
 
 NUM_BYTES = 256  # rows of the table; 0, which no text holds, is padding
 
@@ -23,30 +22,39 @@ def bytes_of(texts: Sequence[str], length: int) -> Tensor:
     return rows
 
 
+class Block(nn.Module):
+    """Every letter attends to all real ones of its text, then a perceptron; a layer norm before each."""
+
+    def __init__(self, *, dim: int, num_heads: int):
+        super().__init__()
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = CrossAttention(dim=dim, context_dim=dim, num_heads=num_heads)
+        self.mlp = MLP(dim=dim, mlp_ratio=4.0)
+
+    def forward(self, h: Tensor, valid: Tensor) -> Tensor:
+        normed = self.attention_norm(h)
+        h = h + self.attention(normed, normed, valid)
+        return h + self.mlp(self.mlp_norm(h))
+
+
 class TextEncoder(nn.Module):
-    """Bytes [B, T] int64 -> (states [B, T, dim], valid [B, T] bool): a transformer over letters, each of which sees all others of its text.
+    """Bytes [B, T] int64 -> (states [B, T, dim], valid [B, T] bool): a transformer over letters. What stands at padding has no meaning.
 
     Args:
         length: T, the longest text.
     """
 
-    def __init__(self, *, dim: int, depth: int = 2, num_heads: int = 4, length: int = 64):
+    def __init__(self, *, dim: int, depth: int = 2, num_heads: int = 1, length: int = 64):
         super().__init__()
         self.length = length
         self.letter = nn.Embedding(NUM_BYTES, dim)
         self.place = nn.Embedding(length, dim)
-        self.blocks = nn.ModuleList(
-            CausalBlock(dim=dim, mixer=Attention(dim=dim, layer=i, num_heads=num_heads, rope=False))
-            for i in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(dim=dim, num_heads=num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
         valid = text > 0
         h = self.letter(text) + self.place.weight[: text.shape[1]]
-        coords = torch.arange(text.shape[1], device=text.device).view(1, -1, 1).float()
-        # A text of nothing attends to its padding, whose states nobody reads.
-        layout = Layout(coords=coords, grid=None, valid=valid | ~valid.any(1, keepdim=True))
         for block in self.blocks:
-            h = block(h, layout)
+            h = block(h, valid)
         return self.norm(h), valid
