@@ -62,11 +62,22 @@ EQUAL = {
     "ibq": ("ibq", [SIZE]),
 }
 BUDGET = {"fashion": 8_000, "emoji": 4_000}  # images, with repetition
+# Effect (c): where the budget above is too short for codes to find their places, another one, NAME-long.
+LONG_BUDGET = {"emoji": 16_000}
+LONG = ("vq", "vq-no-restart", "rvq-4", "rvq-4-no-restart")
 # Effect (b): cells of half the side, and regions that may have one code for four of them.
 FINE = {"fashion": 2, "emoji": 4}
-FINE_BUDGET = {"fashion": 5_000, "emoji": 4_000}
+FINE_BUDGET = {"fashion": 5_000, "emoji": 8_000}
 TARGETS = (0.25, 0.5, 0.75)  # shares of fine regions
-GRAINS = ("fixed", "dqvae-25", "dqvae-50", "dqvae-75", "dqvae-entropy-25", "dqvae-entropy-50")
+GRAINS = (
+    "fixed",
+    "dqvae-25",
+    "dqvae-50",
+    "dqvae-75",
+    "dqvae-entropy-25",
+    "dqvae-entropy-50",
+    "dqvae-entropy-75",
+)
 OTHERS = (
     "vqgan",
     "klgan",
@@ -91,13 +102,19 @@ def runs() -> dict[str, tuple[str, list[str]]]:
             {f"{data}-{name}": (f"toy/{recipe}-{data}", [*keys, *budget]) for name, (recipe, keys) in EQUAL.items()}
         )
 
+    def add_long(data: str) -> None:
+        budget = [f"train.num_samples={LONG_BUDGET[data]}", *LOG]
+        found.update(
+            {f"{data}-{name}-long": (f"toy/{EQUAL[name][0]}-{data}", [*EQUAL[name][1], *budget]) for name in LONG}
+        )
+
     def add_fine(data: str) -> None:
         # Light networks of the same size, so that fixed and dynamic differ in nothing but the grains.
         keys = [f"train.num_samples={FINE_BUDGET[data]}", "train.lr=2e-3", f"tokenizer.stride={FINE[data]}", SIZE, *LOG]
         found[f"{data}-fixed"] = (f"toy/vq-{data}", keys)
         for target in TARGETS:
             found[name_of(data, "dqvae", target)] = (f"toy/dqvae-{data}", [*keys, f"tokenizer.targets=[{target}]"])
-        for target in TARGETS[:2]:
+        for target in TARGETS:
             router = ["tokenizer.router=entropy", f"tokenizer.thresholds=[{threshold(data, target)}]"]
             found[name_of(data, "dqvae-entropy", target)] = (f"toy/dqvae-{data}", [*keys, *router])
 
@@ -107,6 +124,7 @@ def runs() -> dict[str, tuple[str, list[str]]]:
     generator = ["tokenizer.from={out}/fashion-vq", f"train.num_samples={BUDGET['fashion']}", *LOG]
     found["fashion-masked"] = ("toy/masked-fashion", generator)
     add_equal("emoji")
+    add_long("emoji")
     add_fine("fashion")
     for data in DATA:
         short = [f"train.num_samples={OTHERS_BUDGET[data]}", *LOG]
@@ -120,8 +138,8 @@ def name_of(data: str, kind: str, target: float) -> str:
 
 @cache
 def threshold(data: str, share: float) -> float:
-    """The entropy that this share of the regions of the training images exceeds, in nats."""
-    return round(entropy_threshold(images_of(data, "train"), 2 * FINE[data], share), 4)
+    """The entropy that this share of the regions of the training images exceeds, in nats; no less than what is flat to the eye."""
+    return max(0.01, round(entropy_threshold(images_of(data, "train"), 2 * FINE[data], share), 4))
 
 
 class Store:
@@ -373,7 +391,7 @@ def draw(out: Path) -> None:
         x = x[torch.linspace(0, len(x) - 1, 12).long()]
         rows, names = [x], ["image"]
         for name in (run.removeprefix(f"{data}-") for run in runs() if run.startswith(f"{data}-")):
-            if name.endswith(("masked", "no-restart", "dropout")) or not finished(out, f"{data}-{name}"):
+            if name.endswith(("masked", "no-restart", "dropout", "long")) or not finished(out, f"{data}-{name}"):
                 continue
             rows.append(open_run(out / f"{data}-{name}")(x))
             names.append(name)
@@ -453,9 +471,14 @@ def tables(out: Path, measured: dict[str, Any]) -> dict[str, list[str]]:
         found[f"c {data}"] = table(
             ("tokenizer", "with restarts, training", "held out", "without, training", "held out"),
             [
-                (name, *_usage(out, f"{data}-{name}"), *_usage(out, f"{data}-{name}-no-restart"))
+                (
+                    f"{name}{budget}",
+                    *_usage(out, f"{data}-{name}{budget}"),
+                    *_usage(out, f"{data}-{name}-no-restart{budget}"),
+                )
+                for budget in ("", "-long")
                 for name in ("vq", "rvq-4")
-                if finished(out, f"{data}-{name}") and finished(out, f"{data}-{name}-no-restart")
+                if finished(out, f"{data}-{name}{budget}") and finished(out, f"{data}-{name}-no-restart{budget}")
             ],
         )
         found[f"d {data}"] = _rates(measured.get(f"{data} rate-distortion", {}))
