@@ -99,3 +99,44 @@ def test_a_tokenizer_needs_none(tmp_path: Path, tokenizer: Path) -> None:
     file, config = weights_of("taming_vqgan", tmp_path / "w.safetensors")
     with pytest.raises(UsageError, match="are a tokenizer themselves; leave it out"):
         import_weights(file, "taming-vqgan", tmp_path / "run", config=config, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "part"),
+    [
+        (
+            "llamagen-gpt",
+            "llamagen_gpt",
+            {"type": "vq", "stride": 4, "width": 8, "num_blocks": 1, "channels": 8, "codebook_size": 96},
+        ),
+        (
+            "var",
+            "var",
+            {
+                "type": "var_vq",
+                "patch_sizes": [1, 2, 3, 4],
+                "stride": 4,
+                "width": 8,
+                "num_blocks": 1,
+                "channels": 16,
+                "codebook_size": 64,
+            },
+        ),
+    ],
+)
+def test_an_imported_generator_of_sequences_draws_images(
+    tmp_path: Path, source: str, name: str, part: dict[str, Any]
+) -> None:
+    coder = registry.build("tokenizer", part, image_channels=3)
+    TokenizerPipeline(coder.eval(), run_config={"name": "ids"}).save_pretrained(tmp_path / "ids")
+    file, config = weights_of(name, tmp_path / "w.safetensors")
+    options: dict[str, Any] = {"config": config, "check": True, "tokenizer": tmp_path / "ids"}
+    found = import_weights(file, source, tmp_path / "run", **options)
+    assert found["check"]["image"] == [1, 3, 16, 16]
+    pipeline = open_run(tmp_path / "run")
+    assert pipeline.sampler["type"] == "autoregressive"
+    assert pipeline.generate(torch.tensor([3, 9]), [1, 2]).shape == (2, 3, 16, 16)
+    coder = registry.build("tokenizer", {**part, "codebook_size": 32}, image_channels=3)
+    TokenizerPipeline(coder.eval(), run_config={"name": "ids"}).save_pretrained(tmp_path / "few")
+    with pytest.raises(UsageError, match=r"codes: 32, this network needs (96|64)"):
+        import_weights(file, source, tmp_path / "other", config=config, tokenizer=tmp_path / "few")
