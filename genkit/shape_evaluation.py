@@ -280,9 +280,11 @@ def _distances(row: _Rows, name: str, pairwise: Callable, real: Tensor, fake: Te
 
 def _by_points(row: _Rows, samples: ShapeSet, numbers: list[int], real: Tensor, fake: Tensor, what: str) -> None:
     judge = shape_nets.load(shape_nets.PointNet)
-    (real_features, _), (features, logits) = (shape_nets.features_and_logits(judge, x) for x in (real, fake))
+    (real_features, _), (features, logits) = (
+        shape_nets.features_and_logits(judge, x[:, : shape_nets.POINTS]) for x in (real, fake)
+    )
     name = f"FD ({judge.protocol})"
-    row.add(name, _frechet(real_features, features), "lower", f"{CHAMFER_POINTS} points", what)
+    row.add(name, _frechet(real_features, features), "lower", f"{shape_nets.POINTS} points", what)
     half = len(real_features) // 2
     row.report.details[f"{name} between halves of the reference"] = _frechet(
         real_features[:half], real_features[half : 2 * half]

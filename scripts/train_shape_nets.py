@@ -28,13 +28,13 @@ from genkit.meshes.shading import shaded, view
 from genkit.metrics.shape_nets import FOLDER, POINTS, SIDE, PointNet, ViewNet
 
 SEED, THREADS = 7_000_003, 1
-NUM = {"points": 1440, "views": 480}
-EPOCHS = {"points": 10, "views": 12}
-BATCH_SIZE, MAX_LR = {"points": 32, "views": 64}, {"points": 2e-3, "views": 2e-3}
+NUM = {"points": 720, "views": 240}
+EPOCHS = {"points": 10, "views": 8}
+BATCH_SIZE, MAX_LR = {"points": 32, "views": 64}, {"points": 4e-3, "views": 3e-3}
 RECIPE = {
-    "optimizer": "AdamW, weight decay 0.01, lr 0 -> 2e-3 -> 0, linear, the peak after a fifth",
+    "optimizer": "AdamW, weight decay 0.01, lr from 0 to its peak after a fifth and back to 0, linear",
     "augmentation": {
-        "points": f"{POINTS} of 2048 points drawn anew, noise up to 0.02, scale of every axis 0.9 to 1.1, shift 0.03",
+        "points": f"{POINTS} of 1024 points drawn anew, noise up to 0.02, scale of every axis 0.9 to 1.1, shift 0.03",
         "views": "shift up to 3 pixels, blur of half the pictures, contrast 0.8 to 1.2",
     },
     "label_smoothing": 0.1,
@@ -81,7 +81,7 @@ def accuracy(net: torch.nn.Module, x: Tensor, labels: Tensor) -> float:
 
 def train(what: str) -> tuple[torch.nn.Module, dict[str, float]]:
     torch.manual_seed(SEED)
-    few = {"num_distances": 0, "num_points": 2048 if what == "points" else 16}
+    few = {"num_distances": 0, "num_points": 1024 if what == "points" else 16}
     net = PointNet() if what == "points" else ViewNet()
     started = time.perf_counter()
 
@@ -90,7 +90,6 @@ def train(what: str) -> tuple[torch.nn.Module, dict[str, float]]:
         return points_of(data) if what == "points" else views_of(data, 6)
 
     x, labels = read()
-    unseen = read(split="val")
     print(f"{len(x)} inputs after {time.perf_counter() - started:.0f} s", flush=True)
     steps = EPOCHS[what] * (len(x) // BATCH_SIZE[what])
     optimizer = torch.optim.AdamW(net.parameters(), lr=MAX_LR[what], weight_decay=0.01)
@@ -109,9 +108,8 @@ def train(what: str) -> tuple[torch.nn.Module, dict[str, float]]:
             optimizer.step()
             schedule.step()
             total += loss.item()
-        score = accuracy(net, unseen[0][:, :POINTS], unseen[1]) if what == "points" else accuracy(net, *unseen)
         print(
-            f"epoch {epoch + 1}: loss {total * BATCH_SIZE[what] / len(x):.3f}, unseen {score:.3f}, {time.perf_counter() - started:.0f} s",
+            f"epoch {epoch + 1}: loss {total * BATCH_SIZE[what] / len(x):.3f}, {time.perf_counter() - started:.0f} s",
             flush=True,
         )
     state = packed(net)
@@ -120,7 +118,7 @@ def train(what: str) -> tuple[torch.nn.Module, dict[str, float]]:
     for name, settings in {
         "val": {"split": "val"},
         "test": {"split": "test"},
-        "seed 0": {"seed": 0, "num_shapes": 240},
+        "seed 0": {"seed": 0, "num_shapes": 120},
     }.items():
         inputs, truth = read(**settings)
         scores[name] = accuracy(net, inputs[:, :POINTS] if what == "points" else inputs, truth)
@@ -138,7 +136,7 @@ def main() -> None:
         net, scores = train(what)
         recipe = {**RECIPE, "augmentation": RECIPE["augmentation"][what]}  # type: ignore[index]
         about = {
-            "protocol": net.protocol, "accuracy": scores, "shapes": NUM[what], "epochs": EPOCHS[what], "batch_size": BATCH_SIZE[what],
+            "protocol": net.protocol, "accuracy": scores, "shapes": NUM[what], "epochs": EPOCHS[what], "batch_size": BATCH_SIZE[what], "lr": MAX_LR[what],
             **recipe, "torch": torch.__version__,
         }  # fmt: skip
         data = save(packed(net), metadata={"about": json.dumps(about)})
