@@ -141,7 +141,9 @@ class Codes:
         is_masked = deepest(num_masked, len(self.tables)).unsqueeze(-1)
         return (codes * ~is_masked).sum(1), (codes * is_masked).sum(1)
 
-    def quantise(self, z: Tensor, ids: Tensor, num_masked: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def quantise(
+        self, z: Tensor, ids: Tensor, num_masked: Tensor, sigma: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Vectors as ids: at every masked level the nearest code to what the ones before left over.
 
         Args:
@@ -149,16 +151,23 @@ class Codes:
             ids: [B, Q, N], what is known.
             sigma: [B, N], the deviation of z.
 
-        Returns: ids [B, Q, N]; log-probability of each new one [B, Q, N] if z is off by sigma, 0 at known ones.
+        Returns: ids [B, Q, N]; with sigma, the log-probability of each new one [B, Q, N] if z is off by that much, 0 at known ones.
         """
-        is_masked, left, found, sure = deepest(num_masked, len(self.tables)), z, [], []
+        Q, is_masked = len(self.tables), deepest(num_masked, len(self.tables))
+        found = ids.transpose(0, 1).flatten(1).clone()  # [Q, B N]
+        sure, left = torch.zeros_like(found, dtype=z.dtype), z.flatten(0, 1).clone()
         for level, table in enumerate(self.tables):  # levels depend on each other; places do not
-            square = table.square().sum(-1) - 2 * (left @ table.T)  # [B, N, S], without what is the same for all codes
-            logits = -0.5 * square / sigma.square().unsqueeze(-1)
-            nearest = square.argmin(-1)
-            own = is_masked[:, level]
-            left = torch.where(own.unsqueeze(-1), left - table[nearest], left)
-            log_p = logits.gather(-1, nearest.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-            found.append(torch.where(own, nearest, ids[:, level]))
-            sure.append(log_p.masked_fill(~own, 0))
-        return torch.stack(found, dim=1), torch.stack(sure, dim=1)
+            rows = is_masked[:, level].flatten().nonzero().squeeze(1)  # [P]
+            own = left.index_select(0, rows)
+            # <z, e> - |e|^2 / 2 is -|z - e|^2 / 2 but for what is the same for all codes.
+            scores = torch.addmm(-0.5 * table.square().sum(-1), own, table.T)  # [P, S]
+            most, nearest = scores.max(-1)
+            found[level].index_copy_(0, rows, nearest)
+            if sigma is not None:
+                precision = sigma.flatten().index_select(0, rows).square().reciprocal()
+                log_p = most * precision - scores.mul_(precision.unsqueeze(1)).logsumexp(-1)
+                sure[level].index_copy_(0, rows, log_p)
+            if level + 1 < Q:
+                left.index_copy_(0, rows, own - table.index_select(0, nearest))
+        shape = (Q, *z.shape[:2])
+        return found.view(shape).transpose(0, 1), None if sigma is None else sure.view(shape).transpose(0, 1)

@@ -74,8 +74,10 @@ class ResGen:
             noise = fresh.normal(N, codes.tables.shape[-1]).to(mixture.shift)
             z, component = mixture.draw(draws.uniform(N).to(mixture.shift), noise, self.top_p, self.temperature)
             scale = codes.std[num_masked]  # [B, N]
-            drawn, sure = codes.quantise(z * scale.unsqueeze(-1), ids, num_masked, mixture.log_sigma.exp() * scale)
-            if step + 1 < self.num_steps:
+            is_last = step + 1 == self.num_steps
+            sigma = mixture.log_sigma.exp() * scale if self.confidence == "tokens" and not is_last else None
+            drawn, sure = codes.quantise(z * scale.unsqueeze(-1), ids, num_masked, sigma)
+            if not is_last:
                 place = self.confidence_of(mixture, z, component, sure, num_masked)  # [B, N]
                 strength = 1.0 if self.confidence == "random" else self.noise * (1 - (step + 1) / self.num_steps)
                 score = place.unsqueeze(1) + strength * gumbel.gumbel(Q, N).to(place)  # [B, Q, N]
@@ -89,15 +91,17 @@ class ResGen:
                 on_step(step, self.num_steps, ids.view_as(start))
         return ids.view_as(start)
 
-    def confidence_of(self, mixture: Any, z: Tensor, component: Tensor, sure: Tensor, num_masked: Tensor) -> Tensor:
+    def confidence_of(
+        self, mixture: Any, z: Tensor, component: Tensor, sure: Tensor | None, num_masked: Tensor
+    ) -> Tensor:
         """[B, N], comparable between places with few and with many unknown levels."""
-        if self.confidence == "tokens":
+        if sure is not None:
             return sure.sum(1) / num_masked.clamp_min(1)
         if self.confidence == "density":
             return mixture.log_prob(z) / z.shape[-1]
         if self.confidence == "component":
             return mixture.logits.log_softmax(-1).gather(-1, component.unsqueeze(-1)).squeeze(-1)
-        return torch.zeros_like(sure[:, 0])
+        return torch.zeros_like(mixture.log_sigma)
 
 
 def deepest(num_masked: Tensor, num_levels: int) -> Tensor:
