@@ -14,6 +14,7 @@ from genkit.errors import UsageError
 from genkit.importers import octgpt, octgpt_vqvae
 from genkit.importers.names import source_of
 from genkit.importing import generator_of, import_weights
+from genkit.meshes import pictures
 from genkit.meshes.mesh import Mesh, inspect
 from genkit.nn.dual_graph import Down, GraphConv, Up
 from genkit.objectives.shape_reconstruction import ShapeReconstruction
@@ -336,6 +337,7 @@ def test_a_function_without_a_surface_is_reported_and_not_written(tmp_path, monk
         def wait_for_everyone(self):
             pass
 
+    monkeypatch.setattr(pictures, "write_turntable", lambda path, mesh: path.write_bytes(b"turning"))
     how = {"format": "ply", "batch_size": 2, "resolution": None, "turntable": True}
     found = shapes.write_samples(Pipeline(), State(), tmp_path / "out", {}, [-1] * 3, [0, 1, 2], **how)
     assert found["empty"] == ["000001.ply"]
@@ -378,6 +380,7 @@ def test_the_whole_line_of_shapes(tmp_path, monkeypatch):
         return Report([{"metric": "IoU", "value": 0.5, "better": "higher", "comparable": "", "protocol": run.name}])
 
     monkeypatch.setattr("genkit.evaluation.evaluate", measure)
+    monkeypatch.setattr(pictures, "picture", lambda mesh, size: torch.zeros(3, size, size))  # shading takes long
     monkeypatch.setattr(OctreeVQ.meshes, "__defaults__", (16, 0.002))
     found = quickstart.quickstart(what="shapes", out=tmp_path / "runs")
     assert measured == [("octree-shapes", 48), ("octgpt-shapes", 48)]
