@@ -7,6 +7,7 @@ import torch
 
 from genkit.backbones.octgpt import Growing, OctGPT
 from genkit.errors import GenkitError, UsageError
+from genkit.guidance import Guidance, guide
 from genkit.importers import octgpt as importer
 from genkit.nn.sphere import BinarySphere
 from genkit.objectives.octree_masked import OctreeMasked
@@ -192,7 +193,7 @@ def test_every_token_is_revealed_once_and_finished_depths_are_computed_once():
 def test_token_by_token_is_many_steps():
     model, objective = tiny(), OctreeMasked()
     predict = objective.predictor(model, {"label": torch.tensor([0])}, None)
-    found = Sampler(num_steps=24, temperature=1.0)(predict, predict.start(), Rng([0]))
+    found = Sampler(num_steps=12, temperature=1.0)(predict, predict.start(), Rng([0]))
     assert (found.splits >= 0).all()
     assert ((found.codes == 0) | (found.codes == 1)).all()
 
@@ -278,3 +279,54 @@ def test_the_importer_reads_its_own_export_and_names_what_is_missing():
         importer.convert(state, options)
     with pytest.raises(UsageError, match="patch_size and dilation"):
         importer.convert(state)
+
+
+def test_guidance_goes_from_the_model_without_classes_past_the_one_with():
+    model, objective = tiny(), OctreeMasked()
+    cond = {"label": torch.tensor([0, 1])}
+    values, known = torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.bool)
+
+    def first(predict):
+        predict.begin(predict.start(2))
+        return predict.logits(values, known)
+
+    plain = first(objective.predictor(model, cond, None))
+    null = first(objective.predictor(model, {"label": torch.tensor([-1, -1])}, None))
+    assert not torch.equal(plain, null)
+    for strength in (0.0, 2.5):
+        guided = first(guide(objective, model, cond, None, Guidance(strength)))
+        torch.testing.assert_close(guided, null + strength * (plain - null))
+    torch.testing.assert_close(first(guide(objective, model, cond, None, Guidance(1.0))), plain)
+    other = tiny(depth=4)
+    weak = first(guide(objective, model, cond, None, Guidance(2.0), other))
+    torch.testing.assert_close(weak, 2 * plain - first(objective.predictor(other, cond, None)))
+    with pytest.raises(UsageError, match="guidance_schedule=linear"):
+        guide(objective, model, cond, None, Guidance(2.0, schedule="linear"))
+
+
+def test_masks_are_drawn_per_shape_and_as_often_as_they_should():
+    objective = OctreeMasked(min_masked=0.5)
+    samples = torch.arange(400).repeat_interleave(20)
+    shares = objective.draw_mask(samples, 400, Rng(list(range(400)))).view(400, 20).float().mean(1)
+    assert shares.min() >= 0.5
+    # Half of a normal distribution around 1 with deviation 0.25, cut at two deviations: its mean is 1 - 0.25 * 0.7206.
+    assert abs(float(shares.mean()) - 0.82) < 0.04
+    alone = objective.draw_mask(torch.zeros(20, dtype=torch.int64), 1, Rng([7]))
+    assert torch.equal(alone, objective.draw_mask(samples, 400, Rng(list(range(400))))[samples == 7])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"num_steps": [3, 0]}, "at least 1"),
+        ({"temperature": 0.0}, "must be positive"),
+        ({"remask": 2.0}, "must be in"),
+    ],
+)
+def test_samplers_that_cannot_be_are_refused(options, words):
+    with pytest.raises(UsageError, match=words):
+        Sampler(**options)
+    predict = OctreeMasked().predictor(tiny(), {"label": torch.tensor([0])}, None)
+    with pytest.raises(UsageError, match="has 2 entries for 3 depths"):
+        Sampler(num_steps=[1, 2])(predict, predict.start(), Rng([0]))
