@@ -10,7 +10,7 @@ from genkit import config, registry
 from genkit.backbones.octgpt import OctGPT
 from genkit.data.packed import PackedShapes, find_or_build
 from genkit.data.shapes import Shapes
-from genkit.errors import UsageError
+from genkit.errors import GenkitError, UsageError
 from genkit.importers import octgpt, octgpt_vqvae
 from genkit.importers.names import source_of
 from genkit.importing import generator_of, import_weights
@@ -228,6 +228,22 @@ def test_tokens_on_disk_are_those_of_the_tokenizer_and_building_goes_on(tmp_path
     (packed.path / "codes.npy").unlink()
     with pytest.raises(UsageError, match="not a whole cache of shapes"):
         PackedShapes(path=str(packed.path))
+
+
+def test_shapes_that_cannot_be_read_are_left_out_of_the_tokens(tmp_path):
+    class Partly(Shapes):
+        kept = staticmethod(lambda i: i % 3 != 1 and i < 30)
+
+        def __getitems__(self, indices):
+            chosen = [i for i in indices if self.kept(i)]
+            return super().__getitems__(chosen) if chosen else {"label": torch.zeros(0, dtype=torch.int64)}
+
+    model, data = tiny().eval(), Partly(num_shapes=36, num_points=100, num_distances=0)
+    packed = find_or_build(model, data, tmp_path, name="a", tokenizer_fingerprint="t")
+    assert len(packed) == packed.meta["count"] == 20
+    Partly.kept = staticmethod(lambda i: False)
+    with pytest.raises(GenkitError, match="none of the 36 shapes could be read"):
+        find_or_build(model, data, tmp_path, name="b", tokenizer_fingerprint="t")
 
 
 @pytest.mark.parametrize(

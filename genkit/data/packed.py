@@ -19,7 +19,7 @@ import torch
 
 from genkit import files
 from genkit.data.cache import Progress
-from genkit.errors import UsageError
+from genkit.errors import GenkitError, UsageError
 from genkit.interfaces import DataInfo
 from genkit.octree.tokens import OctreeTokens, grow, samples_of
 
@@ -134,6 +134,8 @@ def _build(
         last = min(first + _BLOCK, len(dataset))
         if not part.exists():
             batch = dataset.__getitems__(list(range(first, last)))
+            if not len(batch["label"]):  # files that cannot be read are left out, and their dataset says which
+                continue
             with torch.inference_mode():
                 tokens = tokenizer.encode(batch["points"].to(device), batch["normals"].to(device)).to("cpu")
             arrays = _packed(tokens) | {"labels": batch["label"].numpy(), "keys": np.array(batch["key"])}
@@ -143,6 +145,8 @@ def _build(
         if progress is not None:
             progress(last, len(dataset))
     parts = [np.load(path, allow_pickle=False) for path in sorted(blocks.glob("[0-9]*[0-9].npz"))]
+    if not parts:
+        raise GenkitError(f"none of the {len(dataset)} shapes could be read: {dataset.info.source}")
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].files}
     temporary = out.with_name(f".{out.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -153,7 +157,7 @@ def _build(
     files.write_json(
         temporary / "meta.json",
         {
-            "count": len(dataset),
+            "count": len(whole["keys"]),
             "shape": list(dataset.info.shape),
             "class_names": list(dataset.info.class_names),
             "grid": [1],  # tokens of a shape are no grid
