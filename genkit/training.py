@@ -110,7 +110,7 @@ def loop(job: Job, progress: Progress, stop: list[int]) -> None:
     for batch in fetch(job):
         with accelerator.accumulate(job.wrapped):
             rng = Rng.at(settings["seed"], int(batch["position"][0]), len(batch["position"]), accelerator.device)
-            cond = {"label": batch["label"]} if job.tokenizer is not None else {}
+            cond = job.cond_of(batch)
             with accelerator.autocast():
                 target = job.target_of(batch)
                 losses = job.objective(job.wrapped, target, cond, job.layout_of(batch, target), rng)
