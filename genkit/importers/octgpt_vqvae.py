@@ -16,6 +16,7 @@ IGNORED = {r"quantizer\.basis": "powers of two that packed codes would need; the
 DEPTH, FULL_DEPTH = 8, 3
 _FEATURES = {4: "ND", 3: "N", 7: "NDL", 6: "NL"}
 
+_HEADS = {"split": "predict", "value": "regress"}
 _NORM = r"(weight|bias)"
 RULES: Rules = (
     (r"first\.conv\.weight", "encoder.conv1.conv.weights"),
@@ -38,9 +39,7 @@ RULES: Rules = (
     (r"decoder_up\.(\d+)\.weight", "decoder.upsample.{0}.upsample.weights"),
     (
         r"(inner_down|decoder_up)\.(\d+)\.linear\.(.+)",
-        lambda s, i, rest: (
-            f"decoder.{'downsample' if s == 'inner_down' else 'upsample'}.{i}.conv1x1.{_linear(rest)}"
-        ),
+        lambda s, i, rest: f"decoder.{'downsample' if s == 'inner_down' else 'upsample'}.{i}.conv1x1.{_linear(rest)}",
     ),
     (
         r"(split|value)_heads\.(\d+)\.first\.(.+)",
@@ -48,7 +47,6 @@ RULES: Rules = (
     ),
     (r"(split|value)_heads\.(\d+)\.last\.(.+)", lambda s, i, rest: f"decoder.{_HEADS[s]}.{i}.conv2.linear.{rest}"),
 )
-_HEADS = {"split": "predict", "value": "regress"}
 
 
 def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> OctreeVQ:
