@@ -160,3 +160,51 @@ def test_what_eval_says_of_bad_folders(folder, tmp_path, capsys):
         assert main(["eval", str(folder), *words]) == 2
         assert reason in capsys.readouterr().err
     assert math.isfinite(json.loads((tmp_path / "m" / "good.eval.json").read_text())["rows"][0]["value"])
+
+
+class Exact:
+    """A tokenizer that gives back the shape it was shown, or nothing."""
+
+    def __init__(self, data: Shapes, is_good: bool = True):
+        self.data, self.is_good, self.number = data, is_good, -1
+
+    def parameters(self):
+        yield torch.zeros(1)
+
+    def encode(self, points, normals):
+        self.number += 1
+        return points
+
+    def meshes(self, tokens):
+        mesh = self.data.mesh(self.number, 48)
+        return [mesh if self.is_good else Mesh(mesh.vertices, mesh.faces[:0])]
+
+
+class Pipe:
+    weights_variant = "raw"
+
+    def __init__(self, tokenizer=None, made=None):
+        self.tokenizer, self.class_names = tokenizer, list(DATA.classes)
+        self.run_config = {"data": {"type": "shapes", "num_shapes": 24, "num_points": 256, "num_distances": 0}}
+        if made is not None:
+            self.generate = lambda labels, seeds, **how: [made(int(seed)) for seed in seeds]
+
+
+def test_reconstructions_of_a_tokenizer(tmp_path):
+    held_out = Shapes(num_shapes=24, split="val", num_points=256, num_distances=0)
+    good = evaluate(Pipe(Exact(held_out)), count=3, out=tmp_path / "a.json")
+    assert good["IoU"] > 0.85
+    assert good["F-score"] > 0.9
+    assert good["normal consistency"] > 0.9
+    assert good["chamfer"] < 1.5e-3
+    assert (good["watertight"], good["empty"]) == (1, 0)
+    assert "val of shapes, n=3" in good.rows[0]["protocol"]
+    bad = evaluate(Pipe(Exact(held_out, False)), count=2, out=tmp_path / "b.json")
+    assert (bad["IoU"], bad["F-score"], bad["empty"]) == (0, 0, 1)
+
+
+def test_samples_of_a_generator_and_very_few_of_them(tmp_path):
+    made = Shapes(num_shapes=12, seed=9, num_points=16, num_distances=0)
+    report = evaluate(Pipe(made=lambda seed: made.mesh(seed, 32)), count=2, out=tmp_path / "a.json")
+    assert {"1-NNA-CD", "FD (shape-points-v1)", "class accuracy (shape-points-v1)"} <= set(report.keys())
+    assert report.settings["reference"] == "val of shapes"
