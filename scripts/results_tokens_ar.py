@@ -154,12 +154,8 @@ def beams(run: Path) -> list[dict[str, Any]]:
         start = torch.full((80, *predict.shape), -1)
         ids = Autoregressive(temperature=temperature)(eight, start, Rng.at(0, 0, 80))
         sequences = eight.to_sequence(ids)
-        log_p = torch.stack(
-            [
-                eight(sequences[:, :n])[:, 0].log_softmax(-1).gather(1, sequences[:, n : n + 1])[:, 0]
-                for n in range(sequences.shape[1])
-            ]
-        ).sum(0)
+        logits = eight.several(sequences[:, :-1], None, sequences.shape[1])
+        log_p = logits.log_softmax(-1).gather(-1, sequences.unsqueeze(-1)).squeeze(-1).sum(1)
         found = spread(pipe, predict, sequences.unflatten(0, (10, 8)), log_p.view(10, 8))
         rows.append({"name": f"drawn at temperature {temperature}", **found})
     return rows
