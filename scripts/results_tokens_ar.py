@@ -212,7 +212,7 @@ def generators(found: dict[str, Any], names: tuple[str, ...]) -> str:
     rows = []
     for name in names:
         if name not in found:
-            rows.append((name, *["not measured"] + ["-"] * 8))
+            rows.append((name, *["not measured"] + ["-"] * 7))
             continue
         v = found[name]
         rows.append(
