@@ -8,7 +8,7 @@ from torch import nn
 
 from genkit.nn import packed as module
 from genkit.nn.mlp import MLP
-from genkit.nn.packed import Packed, packed
+from genkit.nn.packed import Packed, multiplied, packed
 
 
 def network() -> nn.Sequential:
@@ -69,6 +69,33 @@ def test_gradients_flow_as_always():
     assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(64, 20), (3, 40, 20), (2, 5, 33, 20)])
+@pytest.mark.parametrize("frozen", ["nothing", "weights", "input"])
+def test_products_have_the_gradients_of_linear_layers(needed, shape, frozen):
+    net, x = network().requires_grad_(frozen != "weights"), torch.randn(*shape, requires_grad=frozen != "input")
+    asked = [*(p for p in net.parameters() if p.requires_grad), *([x] if x.requires_grad else [])]
+    out = net(x)
+    weight = torch.randn_like(out)
+    plain = torch.autograd.grad((out * weight).sum(), asked)
+    with multiplied(net):
+        turned = net(x.transpose(0, -2).contiguous().transpose(0, -2))  # not contiguous
+        assert type(turned.grad_fn).__name__ != type(out.grad_fn).__name__
+        torch.testing.assert_close(turned, out, atol=1e-5, rtol=1e-5)
+        found = torch.autograd.grad((turned * weight).sum(), asked)
+    for a, b in zip(plain, found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_products_follow_weights_that_change(needed):
+    net, x = network(), torch.randn(100, 20)
+    with torch.no_grad(), multiplied(net):
+        net(x)
+        for parameter in net.parameters():
+            parameter.data.mul_(2)
+        inside = net(x)
+    torch.testing.assert_close(inside, net(x), atol=1e-4, rtol=1e-5)
+
+
 def test_a_build_without_the_operations_is_noticed(monkeypatch):
     module.is_available.cache_clear()
 
@@ -83,6 +110,13 @@ def test_a_build_without_the_operations_is_noticed(monkeypatch):
             assert "forward" not in vars(net[0])
     finally:
         module.is_available.cache_clear()
+
+
+def test_to_ask_draws_nothing():
+    module.is_available.cache_clear()
+    before = torch.get_rng_state()
+    module.is_available()
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_networks_are_restored_after_an_error():

@@ -1,4 +1,4 @@
-"""Linear layers by weights that are laid out for the processor, as long as nothing changes them.
+"""Linear layers by oneDNN, as it multiplies best: while sampling by weights that are laid out for the processor, while training as they are.
 
 On a CPU torch hands a linear layer to MKL, with the bias, and after it a GELU, as further passes over what came out. oneDNN does all of it in one pass, and
 faster by weights in blocks of its own: it is the path that torch.compile takes for frozen weights. Results differ by rounding.
@@ -6,7 +6,7 @@ faster by weights in blocks of its own: it is the path that torch.compile takes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from genkit.nn.mlp import MLP
 
-_ROWS = 64  # with fewer the weights are only read once, and their layout does not matter
+_ROWS = 64  # with fewer the weights are only read once, and nothing is gained
 
 
 @contextmanager
@@ -26,18 +26,27 @@ def packed(*networks: Any) -> Iterator[None]:
     They do wherever it is open: without gradients, in float32 on a CPU with oneDNN. Elsewhere everything is as always. Takes as much memory again as the
     weights that are used.
     """
+    with _replaced(networks, {nn.Linear: Packed, MLP: PackedMLP}):
+        yield
+
+
+@contextmanager
+def multiplied(*networks: Any) -> Iterator[None]:
+    """The same while weights change and gradients flow: products forward, and those backward that oneDNN is faster at. Takes no memory."""
+    with _replaced(networks, {nn.Linear: Multiplied}):
+        yield
+
+
+@contextmanager
+def _replaced(networks: tuple[Any, ...], makers: dict[type, Callable[[Any], Any]]) -> Iterator[None]:
     changed: list[nn.Module] = []
     try:
         if is_available():
             for module in (module for network in networks if network is not None for module in network.modules()):
-                if "forward" in vars(module):  # somebody's own, or within another such block
+                make = makers.get(type(module))
+                if make is None or "forward" in vars(module):  # somebody's own, or within another such block
                     continue
-                if type(module) is nn.Linear:
-                    vars(module)["forward"] = Packed(module)
-                elif type(module) is MLP:
-                    vars(module)["forward"] = PackedMLP(module)
-                else:
-                    continue
+                vars(module)["forward"] = make(module)
                 changed.append(module)
         yield
     finally:
@@ -54,7 +63,7 @@ class Packed:
 
     def __call__(self, x: Tensor) -> Tensor:
         layer, act = self.layer, self.act
-        if not _is_open(x, layer.weight):
+        if torch.is_grad_enabled() or not _is_open(x, layer.weight):
             out = nn.Linear.forward(layer, x)
             return out if act is None else act(out)
         if self.weight is None:
@@ -73,10 +82,45 @@ class PackedMLP:
         return self.down(self.up(x))
 
 
+class Multiplied:
+    """A linear layer with gradients."""
+
+    def __init__(self, layer: nn.Linear):
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not _is_open(x, self.layer.weight):
+            return nn.Linear.forward(self.layer, x)
+        return Product.apply(x, self.layer.weight, self.layer.bias)
+
+
+class Product(torch.autograd.Function):
+    """x [..., I], weight [O, I], bias [O] or None -> [..., O]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = d_out.flatten(0, -2)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        dx = (
+            torch.ops.mkldnn._linear_pointwise(d_out, weight.t().contiguous(), None, "none", [], "")
+            if needs_x
+            else None
+        )
+        # For the third product oneDNN would copy what it is given, which costs more than it gains.
+        dw = rows.t() @ x.flatten(0, -2) if needs_weight else None
+        return dx, dw, rows.sum(0) if needs_bias else None
+
+
 def _is_open(x: Tensor, weight: Tensor) -> bool:
     return (
-        not torch.is_grad_enabled()
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= _ROWS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
@@ -88,12 +132,11 @@ def is_available() -> bool:
     """Whether this build of torch has the two operations, which are not public, and they do what is expected of them."""
     if not torch.backends.mkldnn.is_available():
         return False
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # asked for while a model trains, it must not draw from that model's random numbers
-        layer = nn.Linear(8, 16)
     x = torch.linspace(-1, 1, 8 * _ROWS).view(_ROWS, 8)
+    layer = nn.utils.skip_init(nn.Linear, 8, 16)  # without a draw: whoever asks keeps his random state
     with torch.inference_mode(False), torch.no_grad():
+        nn.init.ones_(layer.bias)
+        layer.weight.copy_(torch.linspace(1, -1, 128).view(16, 8))
         expected = nn.functional.gelu(layer(x), approximate="tanh")
         try:
             return torch.allclose(Packed(layer, nn.GELU("tanh"))(x), expected, atol=1e-5)
