@@ -26,6 +26,7 @@ import torch
 
 import genkit
 from genkit import config, recipes, registry
+from genkit.errors import GenkitError
 from genkit.images import write_png
 from genkit.nn.layout import dense_layout
 from genkit.optim import adamw
@@ -53,6 +54,7 @@ MODELS: dict[str, tuple[str, list[str]]] = {
 TITLES = {"dit": "DiT", "dimsum": "DiMSUM", "fit": "FiTv2", "dit-vssd": "DiT, VSSD", "dit-gla": "DiT, GLA"}
 SEEDS = (0, 1)
 SAMPLES, EVERY, BATCH = 16_000, 100, 32  # images seen by each model, steps between its checkpoints, images per step
+LINE = 50  # steps to a line of metrics, as in the recipes
 EMOJI = "emoji-dit"
 EMOJI_SAMPLES = 25_600
 
@@ -259,7 +261,7 @@ def draw(folder: Path) -> None:
         if finished(folder, run_name(model, SEEDS[0])):
             picture(folder / run_name(model, SEEDS[0]), PICTURES / f"diffusion-{model}.png", 10)
     if finished(folder, EMOJI):
-        picture(folder / EMOJI, PICTURES / "diffusion-emoji.png", 12)
+        picture(folder / EMOJI, PICTURES / "diffusion-emoji-dit.png", 12)
     measured = Store(folder / "measured.json").values
     if curves := {model: found for model in MODELS if (found := curve(measured, model))}:
         plot_curves(PICTURES / "diffusion-convergence.png", curves)
@@ -292,9 +294,12 @@ def losses(folder: Path, model: str) -> dict[int, list[float]]:
     found: dict[int, list[float]] = {}
     for seed in SEEDS:
         path = folder / run_name(model, seed) / "metrics.jsonl"
+        before = 0
         for row in map(json.loads, path.read_text().splitlines() if path.exists() else []):
-            if row["samples"] % (EVERY * BATCH // 2) == 0:
+            # After an interruption a mean may be of few steps.
+            if row["step"] % LINE == 0 and row["step"] - before > 0.9 * LINE:
                 found.setdefault(row["samples"], []).append(row["velocity"])
+            before = row["step"]
     return found
 
 
@@ -396,7 +401,7 @@ def tables(folder: Path, measured: dict[str, Any]) -> dict[str, list[str]]:
         ),
         "a": table(("images seen", *(f"{samples:,}" for samples in seen)), convergence),
         "a final": table(
-            ("model", "weights", "of a training step, ms of CPU", "FD, N=1,000", "class accuracy", "seeds"),
+            ("model", "weights", "a training step, ms of CPU", "FD, N=1,000", "class accuracy", "seeds"),
             [row for model in MODELS if (row := final(folder, measured, model))],
         ),
         "d": table(("sampler", "effort", "calls per sample", "FD, N=500", "CPU s"), steps),
@@ -430,7 +435,7 @@ def final(folder: Path, measured: dict[str, Any], model: str) -> tuple[str, ...]
     return (
         TITLES[model],
         f"{weights:,}",
-        f"{measured[f'step {model}']:.0f}",
+        f"{measured[f'step {model}']:.0f}" if f"step {model}" in measured else "-",
         numbers([f["fd"] for f in found]),
         numbers([f["accuracy"] for f in found], 3),
         str(len(names)),
@@ -463,4 +468,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except GenkitError as error:  # stopped by a signal, with everything saved
+        raise SystemExit(str(error)) from None
