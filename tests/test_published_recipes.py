@@ -76,7 +76,10 @@ DRAWN_IN_SEQUENCE = {
     "var-d24": (OF_SCALES, 1_033_399_360),
     "var-d30": (OF_SCALES, 2_010_020_356),
     "nfig-d16": (OF_SCALES, 310_283_520),
-    "rq-transformer-1400m": ({"codebook_size": 16384, "num_levels": 4, "grid": (8, 8)}, 1_387_529_728 + 4 * 16384 * 256),
+    "rq-transformer-1400m": (
+        {"codebook_size": 16384, "num_levels": 4, "grid": (8, 8)},
+        1_387_529_728 + 4 * 16384 * 256,
+    ),
     "dq-transformer-f8": ({"codebook_size": 1024, "num_levels": 1, "num_grains": 2, "grid": (32, 32)}, 309_118_210),
 }
 
