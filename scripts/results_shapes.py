@@ -195,7 +195,8 @@ def mean(values: list[float]) -> float:
 
 
 def page(runs: Path) -> None:
-    found = json.loads((runs / "results-shapes.json").read_text())
+    kept = runs / "results-shapes.json"
+    found = json.loads(kept.read_text()) if kept.exists() else {}
     lines = [
         TOP,
         *of_depths(found.get("by depth")),
