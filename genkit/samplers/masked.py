@@ -93,7 +93,8 @@ class Masked:
                 sure = logits.gather(-1, drawn.clamp_min(0).unsqueeze(-1)).squeeze(-1)  # [B, Q, *grid]
                 if self.confidence == "log_prob":
                     sure = sure - logits.logsumexp(-1)
-                strength = self.temperature * (1 - (step + 1) / self.num_steps)
+                # Of a group, as at its end: what is chosen with more noise is not chosen anew (ReCAP counts groups alike).
+                strength = self.temperature * (1 - (step + size) / self.num_steps)
                 gumbel = noise.gumbel(N).to(sure.device)
                 confidence = (sure.flatten(2).mean(1) + strength * gumbel).masked_fill(~unknown, math.inf)  # [B, N]
                 order = confidence.argsort(dim=1, stable=True)  # the least confident first, known ones last
