@@ -151,6 +151,21 @@ def test_a_sample_is_a_function_of_seed_and_index():
     assert data.info.fingerprint == Shapes(num_shapes=48, num_points=512, num_distances=256).info.fingerprint
 
 
+def test_distances_of_a_sample_are_signed_and_true():
+    data = Shapes(num_shapes=12, num_points=4096, num_distances=2048)
+    for index in (0, 3, 6):
+        sample, solid = data[index], data.solid(index)
+        least = solid.distance(sample["sdf_points"])
+        assert torch.equal(sample["sdf"] < 0, least < 0)
+        assert 0.05 < (least < 0).float().mean() < 0.6
+        torch.testing.assert_close(sample["sdf"][least > 0], least[least > 0])
+        to_points = torch.cdist(sample["sdf_points"], sample["points"]).amin(1)
+        assert (to_points - sample["sdf"].abs()).min() > -1e-4  # nothing on the surface is nearer
+        assert (to_points - sample["sdf"].abs()).quantile(0.95) < 0.05
+        assert (sample["sdf"][:1024].abs() < 0.06).float().mean() > 0.95
+        assert sample["sdf_points"].abs().max() <= 1
+
+
 def test_batches_hold_the_samples_and_training_draws_new_points():
     data = Shapes(num_shapes=24, num_points=256, num_distances=128, classes=["mug", "car"])
     batch = data.__getitems__(np.array([3, 8]))
