@@ -32,7 +32,7 @@ from genkit.ema import Ema
 from genkit.guidance import Guidance, guide
 from genkit.importers import diffusers_dit
 from genkit.nn.layout import dense_layout
-from genkit.nn.packed import packed
+from genkit.nn.packed import multiplied, packed
 from genkit.objectives.diffusion import Diffusion
 from genkit.optim import adamw
 from genkit.reuse.skip_blocks import SkipBlocks
@@ -214,8 +214,9 @@ def our_step(B: int, size: dict[str, int] = SIZE) -> Callable[[], Tensor]:
 
     def step() -> Tensor:
         nonlocal steps
-        loss = objective(network, z, {"label": label}, layout, Rng.at(0, steps * B, B))["mse"].mean()
-        loss.backward()
+        with multiplied(network):
+            loss = objective(network, z, {"label": label}, layout, Rng.at(0, steps * B, B))["mse"].mean()
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         ema.update(steps)

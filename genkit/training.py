@@ -26,6 +26,7 @@ from genkit.data.loader import batches
 from genkit.errors import GenkitError
 from genkit.job import Job, draw, save, set_up
 from genkit.judging import is_due, judge
+from genkit.nn.packed import multiplied
 from genkit.optim import learning_rate
 from genkit.rng import Rng
 
@@ -65,6 +66,7 @@ def train(
     source = None if isinstance(config, Mapping) else Path(config).read_text(encoding="utf-8")
     job = set_up(resolved, source, Path(out), device)
     with (
+        multiplied(job.model),
         stop_signals() as stop,
         Progress(
             total=job.total_samples,
