@@ -207,7 +207,7 @@ def reuse_table(found: dict[str, Any]) -> str:
     lines = [
         "| full steps at first | light per full one | full : light of 32 | "
         + " | ".join(f"{h}, {n}" for h, n in hosts)
-        + " | FD |"
+        + f" | FD of {found.get('count', 0):,} images |"
     ]
     lines.append("|" + "---|" * (4 + len(hosts)))
     for alone, light in SETTINGS:
