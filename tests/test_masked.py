@@ -382,7 +382,7 @@ def test_sampler_refuses_wrong_options(options, message):
 
 
 def test_more_steps_than_tokens_are_refused():
-    with pytest.raises(UsageError, match="sampler.num_steps=13, but a sample has 12 tokens"):
+    with pytest.raises(UsageError, match=r"sampler\.num_steps=13, but a sample has 12 tokens"):
         Sampler(num_steps=13)(Recorder(table(2)), torch.full((2, 1, 3, 4), -1), Rng.at(0, 0, 2))
 
 
