@@ -199,6 +199,8 @@ def steps_table(found: dict[str, Any]) -> str:
     whole = found.get("4096 tokens: full", {}).get("seconds", math.nan)
     for name in settings():
         small, large = found.get(f"196 tokens: {name}", {}), found.get(f"4096 tokens: {name}", {})
+        if not small and not large:  # not measured yet
+            continue
         is_exact = name == "full"
         cells = ["-" if is_exact else _shown(small.get("psnr"), "{:.1f} dB"), _shown(small.get("frechet"), "{:.1f}")]
         cells += ["-" if is_exact else _shown(large.get("psnr"), "{:.1f} dB"), _shown(large.get("seconds"), "{:.1f}")]
