@@ -11,6 +11,7 @@ or JSON.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -90,7 +91,7 @@ def open_run_folder(path: Path, config: configs.Config, source: str | None) -> R
     """
     resolved = path / "config.resolved.yaml"
     if resolved.is_file():
-        changes = configs.diff(Run(path).config, config, free=configs.FREE)
+        changes = configs.diff(_with_new_options(Run(path).config), config, free=configs.FREE)
         if changes and _has_begun(path):
             listed = "\n  ".join(changes)
             raise UsageError(
@@ -106,6 +107,14 @@ def open_run_folder(path: Path, config: configs.Config, source: str | None) -> R
         files.write_text(path / "config.yaml", source)
     files.write_text(resolved, configs.dump(config))
     return Run(path)
+
+
+def _with_new_options(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run with the defaults of options that did not exist when it was started."""
+    try:
+        return configs.check(copy.deepcopy(config))
+    except UsageError:  # an option of it is gone: the difference will say which
+        return config
 
 
 def _has_begun(path: Path) -> bool:

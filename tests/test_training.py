@@ -137,6 +137,17 @@ def test_changed_config_is_refused_with_the_difference(tmp_path, tokenizer_run):
     train(TOKENIZER, {"train.num_samples": 64, "log.every_steps": 1}, out=tmp_path / "runs")
 
 
+def test_a_run_of_a_version_without_an_option_goes_on(tmp_path, tokenizer_run):
+    resolved = tokenizer_run.path / "config.resolved.yaml"
+    text = resolved.read_text()
+    resolved.write_text("".join(line for line in text.splitlines(True) if "max_bad_steps" not in line))
+    assert resolved.read_text() != text
+    again = train(TOKENIZER, {"train.num_samples": 64}, out=tmp_path / "runs")
+    assert again.last == tokenizer_run.last
+    with pytest.raises(UsageError, match=r"max_bad_steps: 5 -> 7"):
+        train(TOKENIZER, {"train.num_samples": 64, "train.max_bad_steps": 7}, out=tmp_path / "runs")
+
+
 def test_finished_run_is_left_alone(tmp_path, tokenizer_run):
     before = weights(tokenizer_run.last)
     again = train(TOKENIZER, {"train.num_samples": 64}, out=tmp_path / "runs")
