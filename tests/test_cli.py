@@ -218,11 +218,13 @@ def test_sample_passes_its_options(stub, capsys):
 
     stub("genkit.sampling", sample=sample)
     words = "sample runs/x -n 4 --labels 0-9 --seed 7 --steps 3 --guidance 1.5 -o o --raw --batch-size 2 --device cpu"
-    words += " --size 48x64 --rope ntk --rope-gain paper --rope-longest"
+    words += " --size 48x64 --rope ntk --rope-gain paper --rope-longest --known a.png --keep left"
+    words += " --format glb --resolution 32 --turntable"
     assert cli.main([*words.split(), "--sampler", "type=heun", "reuse.type=skip_blocks"]) == 0
     settings = {"count": 4, "labels": "0-9", "seed": 7, "steps": 3, "guidance": 1.5, "out": "o"}
     settings["sampler"] = ["type=heun", "reuse.type=skip_blocks"]
     settings |= {"size": "48x64", "rope": {"method": "ntk", "gain": "paper", "per_axis": False}}
+    settings |= {"known": "a.png", "keep": "left", "format": "glb", "resolution": 32, "turntable": True}
     assert calls == [("runs/x", {**settings, "ema": False, "batch_size": 2, "device": "cpu"})]
     assert "1 min 01 s" in capsys.readouterr().out
 
@@ -279,7 +281,7 @@ def test_quickstart_ends_with_figures_seconds_and_pictures(stub, capsys):
         render=lambda found: f"{found['figures']} {found['pictures']}",
     )
     assert cli.main(["quickstart", "--seed", "2"]) == 0
-    assert calls == [{"out": "runs", "seed": 2, "device": None}]
+    assert calls == [{"what": "images", "out": "runs", "seed": 2, "device": None}]
     out = capsys.readouterr().out
     for word in ("psnr", "21.5", "runs/grid.png"):
         assert word in out

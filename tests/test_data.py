@@ -302,7 +302,7 @@ def test_folder_mistakes_are_one_clear_line(tmp_path, folder):
 
 
 def test_data_parts_can_be_named_in_a_config(folder):
-    assert {"fashion", "folder", "torchvision", "emoji", "tokens"} == registry.words("data").keys()
+    assert {"fashion", "folder", "torchvision", "emoji", "tokens", "shapes", "meshes"} == registry.words("data").keys()
     spec = registry.check("data", {"type": "folder", "path": str(folder), "size": [24, 40]}, "data")
     assert registry.build("data", spec).info.shape == (3, 24, 40)
 

@@ -90,7 +90,7 @@ def test_a_generator_needs_its_tokenizer(tmp_path: Path, tokenizer: Path) -> Non
         import_weights(file, "dit", tmp_path / "run", config=config, tokenizer=tokenizer, size=15)
     other = registry.build("tokenizer", {"type": "pixels"}, image_channels=3)
     TokenizerPipeline(other, run_config={"name": "pixels"}).save_pretrained(tmp_path / "pixels")
-    with pytest.raises(UsageError, match="its latents have 3 channels, this network's 4"):
+    with pytest.raises(UsageError, match="channels of its latents: 3, this network needs 4"):
         import_weights(file, "dit", tmp_path / "run", config=config, tokenizer=tmp_path / "pixels")
     assert not (tmp_path / "run").exists()
 

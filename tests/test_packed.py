@@ -124,3 +124,13 @@ def test_networks_are_restored_after_an_error():
     with pytest.raises(RuntimeError), packed(net):
         raise RuntimeError
     assert "forward" not in vars(net[0])
+
+
+def test_asking_in_inference_mode():
+    module.is_available.cache_clear()
+    try:
+        with torch.inference_mode():
+            asked = module.is_available()
+    finally:
+        module.is_available.cache_clear()
+    assert asked == module.is_available()

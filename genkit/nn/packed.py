@@ -132,9 +132,9 @@ def is_available() -> bool:
     """Whether this build of torch has the two operations, which are not public, and they do what is expected of them."""
     if not torch.backends.mkldnn.is_available():
         return False
-    x = torch.linspace(-1, 1, 8 * _ROWS).view(_ROWS, 8)
-    layer = nn.utils.skip_init(nn.Linear, 8, 16)  # without a draw: whoever asks keeps his random state
     with torch.inference_mode(False), torch.no_grad():
+        x = torch.linspace(-1, 1, 8 * _ROWS).view(_ROWS, 8)
+        layer = nn.utils.skip_init(nn.Linear, 8, 16)  # without a draw: whoever asks keeps his random state
         nn.init.ones_(layer.bias)
         layer.weight.copy_(torch.linspace(1, -1, 128).view(16, 8))
         expected = nn.functional.gelu(layer(x), approximate="tanh")
