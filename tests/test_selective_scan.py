@@ -275,6 +275,18 @@ def test_opcheck(plain):
     torch.library.opcheck(cpu._backward, (*inputs, kept, inputs[0], inputs[-1], True, False))
 
 
+def test_opcheck_of_triton():
+    pytest.importorskip("triton")
+    from genkit.kernels.selective_scan import triton
+
+    x = some(1, 5, 4, 2, groups=1)
+    leaves = [v.requires_grad_() if v is not None else None for v in x.values()]
+    torch.library.opcheck(triton._forward, (*leaves, True, False, True))
+    kept = triton._forward(*x.values(), True, False, True)[2].detach()
+    inputs = [v.detach() if v is not None else None for v in leaves]
+    torch.library.opcheck(triton._backward, (*inputs, kept, inputs[0], inputs[-1], True, False))
+
+
 def test_compiled_equals_eager():
     x = some(1, 37, 20, 3)
 
