@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,9 +19,6 @@ from genkit.errors import UsageError
 
 KERNELS = Path(__file__).parent / "kernels"
 SETS = ("base", "avx2", "avx512")  # each includes those before it
-_LARGE = 4 << 20  # bytes; below, malloc hands out memory that was used before
-_PAGE = 4096
-_MADV_HUGEPAGE = 14
 
 
 class Missing(Exception):
@@ -69,28 +65,6 @@ def function(op: str, name: str, signature: str) -> Callable[..., None]:
     found.restype = None
 
     def call(*arguments: torch.Tensor | int | float | None) -> None:
-        for a in arguments:
-            if isinstance(a, torch.Tensor) and a.nbytes >= _LARGE:
-                _in_huge_pages(a)
         found(*(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments))
 
     return call
-
-
-def _in_huge_pages(x: torch.Tensor) -> None:
-    """Ask for pages of 2 MB. A large result is fresh memory, and a fault for each 4 KB of it takes longer than the kernel that fills it."""
-    advise = _madvise()
-    if advise is not None:
-        first = -(-x.data_ptr() // _PAGE) * _PAGE
-        length = (x.data_ptr() + x.nbytes - first) // _PAGE * _PAGE
-        advise(first, length, _MADV_HUGEPAGE)  # an advice: what becomes of it does not matter
-
-
-@cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    """The system's call; None where there is none."""
-    if not sys.platform.startswith("linux"):
-        return None
-    found = ctypes.CDLL(None).madvise
-    found.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return found
