@@ -370,7 +370,7 @@ def test_the_whole_line_of_shapes(tmp_path, monkeypatch):
     tokenizer = (quickstart.RECIPES / "octree-shapes.yaml").read_text()
     generator = (quickstart.RECIPES / "octgpt-shapes.yaml").read_text()
     for old, new in (
-        ("num_samples: 3200", "num_samples: 4"),
+        ("num_samples: 1400", "num_samples: 4"),
         ("num_shapes: 600", "num_shapes: 12"),
         ("num_points: 2048", "num_points: 300"),
     ):
