@@ -68,11 +68,8 @@ def guide(
         return objective.predictor(model, cond, layout)
     if hasattr(objective, "guided"):
         return objective.guided(model, cond, guidance, weak)
-    is_autoregressive = getattr(objective, "is_autoregressive", False)
-    wrap: Any = GuidedNext if is_autoregressive else guide_ids if objective.target == "ids" else guide_latents
-    if getattr(objective, "draws_tokens", False):
-        wrap = guide_tokens
-    return wrap(objective, model, cond, layout, guidance, weak)
+    wraps: dict[str, Any] = {"z": guide_latents, "ids": guide_ids, "next": GuidedNext, "tokens": guide_tokens}
+    return wraps[getattr(objective, "draws", objective.target)](objective, model, cond, layout, guidance, weak)
 
 
 def guide_ids(

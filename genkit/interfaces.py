@@ -160,7 +160,8 @@ class Objective(Protocol):
     """Model and data -> losses; model -> what a sampler may call.
 
     `target` says what of a batch it learns, and so what __call__ receives: "ids" or "z" made by a tokenizer, or "x", the data themselves, when
-    a tokenizer is what is trained. Losses whose names begin with "_" are logged and not summed.
+    a tokenizer is what is trained. Losses whose names begin with "_" are logged and not summed. `draws` says what its predictor is where the target does
+    not: "next" a PredictNext, "tokens" a PredictTokens.
     """
 
     target: str
@@ -168,7 +169,9 @@ class Objective(Protocol):
     def __call__(
         self, model: Any, target: Tensor, cond: Cond, layout: Layout | None, rng: Rng
     ) -> dict[str, Tensor]: ...
-    def predictor(self, model: Any, cond: Cond, layout: Layout) -> Predict | PredictIds: ...
+    def predictor(
+        self, model: Any, cond: Cond, layout: Layout
+    ) -> Predict | PredictIds | PredictNext | PredictTokens: ...
 
 
 class Reuse(Protocol):

@@ -181,7 +181,7 @@ class GeneratorPipeline(DiffusionPipeline):
                 if start is None:
                     start = torch.full((len(labels), *shape), -1, device=self.device)
                 z = self.tokenizer.codes(draw(predict, start, rng, on_step))
-            elif getattr(objective, "draws_tokens", False):
+            elif getattr(objective, "draws", "") == "tokens":
                 if start is None:
                     start = torch.full((len(labels), self.tokenizer.channels, *grid), math.nan, device=self.device)
                 z = draw(predict, start, rng, on_step)

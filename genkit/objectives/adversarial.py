@@ -19,6 +19,7 @@ from genkit.errors import UsageError
 from genkit.interfaces import Cond, Layout
 from genkit.nn.global_rows import is_distributed
 from genkit.nn.patchgan import PatchDiscriminator, check_sides
+from genkit.nn.wrapped import unwrapped
 from genkit.objectives.reconstruction import Reconstruction
 from genkit.rng import Rng
 
@@ -116,7 +117,7 @@ class Adversarial(Reconstruction):
 
     def _scale(self, model: Any, losses: dict[str, Tensor], attack: Tensor) -> Tensor:
         """|gradient of the other losses of the pixels| / |gradient of the adversarial one|, both at the last layer."""
-        last = getattr(model, "module", model).last_layer
+        last = unwrapped(model).last_layer
         pixels = torch.stack([value.mean() for name, value in losses.items() if name[0] != "_"]).sum()
         norms = []
         for loss in (pixels, attack.mean()):

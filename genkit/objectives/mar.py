@@ -12,6 +12,7 @@ from genkit.nn.context import context_of, rows_of
 from genkit.nn.patch import patchify, unpatchify
 from genkit.nn.paths import Predictor
 from genkit.nn.token_head import TokenPredictor
+from genkit.nn.wrapped import unwrapped
 from genkit.objectives.denoising import drop_labels
 from genkit.objectives.diffusion import Diffusion
 from genkit.objectives.masking import truncated_normal
@@ -35,7 +36,7 @@ class MAR:
 
     target = "z"
     fills_holes = True  # sampling may start from what is known of an image
-    draws_tokens = True  # its predictor draws tokens, see genkit.interfaces.PredictTokens
+    draws = "tokens"
 
     def __init__(
         self,
@@ -119,8 +120,3 @@ class MAR:
             return at
 
         return TokenPredictor(predict, lambda z: patchify(z, sides), lambda tokens: unpatchify(tokens, grid, sides))
-
-
-def unwrapped(model: Any) -> Any:
-    """The network inside the wrapper of distributed training."""
-    return getattr(model, "module", model)

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout, PredictIds
 from genkit.nn.context import context_of
+from genkit.nn.wrapped import unwrapped
 from genkit.objectives.masking import ranks, truncated_normal
 from genkit.rng import Rng
 from genkit.samplers.unmasking import check_schedule, gamma
@@ -80,7 +81,7 @@ class Masked:
         positions = masked.flatten().nonzero().squeeze(1)  # [P]
         options = {}
         if self.dropped:
-            if not getattr(getattr(model, "module", model), "drops_tokens", False):
+            if not getattr(unwrapped(model), "drops_tokens", False):
                 raise UsageError(
                     f"objective.dropped={self.dropped} needs a backbone with an encoder, such as mage; set it to 0"
                 )
@@ -134,5 +135,5 @@ class Masked:
 
 
 def mask_id(model: Any) -> int:
-    """The id that stands for "unknown": one past the codebook. Looks through the wrapper of distributed training."""
-    return getattr(model, "module", model).config.codebook_size
+    """The id that stands for "unknown": one past the codebook."""
+    return unwrapped(model).config.codebook_size

@@ -28,7 +28,7 @@ class NextCode:
     """
 
     target = "ids"
-    is_autoregressive = True
+    draws = "next"
 
     def __init__(self, *, position_weight: float = 1.0, label_smoothing: float = 0.0, cond_drop: float = 0.1):
         check_fractions(label_smoothing=label_smoothing, cond_drop=cond_drop)

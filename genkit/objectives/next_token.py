@@ -27,7 +27,7 @@ class NextToken:
     """
 
     target = "ids"
-    is_autoregressive = True
+    draws = "next"
 
     def __init__(self, *, label_smoothing: float = 0.0, cond_drop: float = 0.1):
         check_fractions(label_smoothing=label_smoothing, cond_drop=cond_drop)
