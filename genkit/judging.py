@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from genkit.checkpoint import Run, point
@@ -84,9 +82,3 @@ def link_best(run: Run, metric: str | None) -> str | None:
 
 def _names(row: dict[str, str]) -> tuple[str, str]:
     return row["metric"], row["metric"].partition(" (")[0]
-
-
-def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint a run's link `best` points at."""
-    link = run / "checkpoints" / "best"
-    return link.resolve() if link.exists() else None

@@ -23,7 +23,7 @@ from genkit.console import Progress
 from genkit.errors import GenkitError, UsageError
 from genkit.meshes import storage
 from genkit.meshes.hierarchy import Winding
-from genkit.meshes.mesh import Mesh, inspect, normalised
+from genkit.meshes.mesh import Findings, Mesh, inspect, normalised
 from genkit.meshes.pictures import contact_sheet
 from genkit.meshes.sampling import sample_surface
 from genkit.meshes.shading import VIEWS, shaded, view
@@ -146,9 +146,9 @@ def evaluate(
     total = min(samples.count, count or samples.count)
     against = _reference(reference, data) if reference else None
     report = Report([])
-    row = _Rows(report, samples.about, seed)
+    row = _Rows(report, samples.about)
     meshes, numbers = _read(samples, total, report)
-    _validity(row, meshes, total, len(samples.missing))
+    _validity(row, [inspect(mesh) for mesh in meshes], len(samples.missing))
     usable = [
         (number, normalised(mesh, size=SIZE)) for number, mesh in zip(numbers, meshes, strict=True) if len(mesh.faces)
     ]
@@ -183,7 +183,7 @@ def evaluate(
 class _Rows:
     """Adds rows that say how they were measured."""
 
-    def __init__(self, report: Report, about: str, seed: int) -> None:
+    def __init__(self, report: Report, about: str) -> None:
         self.report, self.about = report, about
 
     def add(self, metric: str, value: float, better: str, *how: str) -> None:
@@ -199,30 +199,19 @@ class _Rows:
         )
 
 
-def _validity(row: _Rows, meshes: list[Mesh], total: int, missing: int) -> None:
-    findings = [inspect(mesh) for mesh in meshes]
-    n = f"n={total + missing}"
-    whole = total + missing
-    row.add(
-        "watertight",
-        sum(f.is_watertight for f in findings) / whole,
-        "higher",
-        "share with every edge between two faces",
-        n,
+def _validity(row: _Rows, findings: list[Findings], missing: int = 0) -> None:
+    """Shares of all shapes, those that could not be read or were not written included."""
+    whole = len(findings) + missing
+    n = f"n={whole}"
+    watertight, whole_pieces, filled = (
+        sum(found)
+        for found in zip(*((f.is_watertight, f.num_components == 1, f.num_faces > 0) for f in findings), strict=True)
     )
-    row.add(
-        "one piece", sum(f.num_components == 1 for f in findings) / whole, "higher", "share with a single component", n
-    )
-    row.add(
-        "empty",
-        (whole - sum(f.num_faces > 0 for f in findings)) / whole,
-        "lower",
-        "share without faces or unreadable",
-        n,
-    )
-    pieces = [f.num_components for f in findings if f.num_faces]
-    if pieces:
-        row.report.details["components, mean"] = sum(pieces) / len(pieces)
+    row.add("watertight", watertight / whole, "higher", "share with every edge between two faces", n)
+    row.add("one piece", whole_pieces / whole, "higher", "share with a single component", n)
+    row.add("empty", (whole - filled) / whole, "lower", "share without faces or unreadable", n)
+    if filled:
+        row.report.details["components, mean"] = sum(f.num_components for f in findings if f.num_faces) / filled
         row.report.details["faces, mean"] = sum(f.num_faces for f in findings) / len(findings)
 
 
@@ -520,8 +509,7 @@ def _reconstruct(pipe: Any, place: Path | None, count: int | None, seed: int, ou
     if not found:
         raise GenkitError(f"none of the {total} shapes of {shapes.about} can be used")
     report = Report([])
-    row = _Rows(report, f"{getattr(pipe, 'weights_variant', 'given')} weights", seed)
-    what = f"{split} of {data['type']}, n={len(found)}"
+    row = _Rows(report, f"{getattr(pipe, 'weights_variant', 'given')} weights")
     for key, name, better, how in (
         ("chamfer", "chamfer", "lower", f"mean squared both ways summed, {SURFACE_POINTS:,} points, box {SIZE}"),
         ("normal_consistency", "normal consistency", "higher", "mean |cos| both ways"),
@@ -529,25 +517,14 @@ def _reconstruct(pipe: Any, place: Path | None, count: int | None, seed: int, ou
         ("iou", "IoU", "higher", "20,000 places"),
     ):
         values = torch.tensor([item[key] for item in found])
-        row.add(name, float(values[~values.isnan()].mean()), better, how, what)
-    _validity_of(row, findings)
+        values = values[~values.isnan()]  # no distance to a shape without a surface
+        row.add(name, float(values.mean()), better, how, f"{split} of {data['type']}, n={len(values)}")
+    _validity(row, findings)
     report.settings = {"kind": "shape tokenizer", "count": len(found), "seconds": time.perf_counter() - started}
     where = Path(out) if out is not None else place
     if where is not None:
         report.save(where)
     return report
-
-
-def _validity_of(row: _Rows, findings: list[Any]) -> None:
-    n = len(findings)
-    row.add(
-        "watertight",
-        sum(f.is_watertight for f in findings) / n,
-        "higher",
-        "share with every edge between two faces",
-        f"n={n}",
-    )
-    row.add("empty", sum(f.num_faces == 0 for f in findings) / n, "lower", "share without faces", f"n={n}")
 
 
 def _beside(target: Any) -> Path | None:

@@ -150,6 +150,9 @@ def test_what_eval_says_of_bad_folders(folder, tmp_path, capsys):
     assert "note: left out" in text
     assert "broken.stl: 1 bytes are no STL" in text
     assert "name one with --ref" in text
+    found = {row["metric"]: row for row in json.loads((tmp_path / "m.eval.json").read_text())["rows"]}
+    assert (found["watertight"]["value"], found["empty"]["value"]) == (1 / 2, 1 / 2)  # of two files, one unreadable
+    assert found["empty"]["comparable"].endswith("n=2")
     assert main(["eval", str(tmp_path / "m" / "good.ply"), "-q"]) == 0
     for words, reason in (
         (["--ref", "train"], "a folder has none"),

@@ -26,7 +26,7 @@ from genkit.octree import build
 from genkit.octree.graph import dual_graph
 from genkit.octree.octree import Octree
 from genkit.octree.partition import around, blend, blend_with_gradient
-from genkit.octree.tokens import OctreeTokens, grow, splits_of
+from genkit.octree.tokens import OctreeTokens, splits_of
 from genkit.octree.values import input_features
 
 FEATURES = {"N": 3, "D": 1, "L": 3, "P": 3}
@@ -236,10 +236,6 @@ class OctreeVQ(ModelMixin, ConfigMixin):
             marching_cubes(decoded.grid(i, cells, self.depth), level=level, bounds=(-BOX, BOX))
             for i in range(tokens.batch_size)
         ]
-
-    def regrow(self, splits: Tensor, batch_size: int) -> Octree:
-        """The octree down to the codes, from its split bits."""
-        return grow(splits, full_depth=self.full_depth, depth=self.code_depth, batch_size=batch_size)
 
 
 @dataclass
