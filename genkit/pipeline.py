@@ -20,6 +20,7 @@ from diffusers import ModelMixin
 from diffusers.pipelines import pipeline_loading_utils
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput, logging
+from safetensors import SafetensorError
 from torch import Tensor
 
 from genkit import config, registry
@@ -387,22 +388,37 @@ def open_run(path: str | Path, ema: bool = True, device: str | torch.device | No
         ema: averaged weights where there are some.
     """
     folder = pipeline_folder(path)
-    index = json.loads((folder / "model_index.json").read_text())
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from None
     cls = {c.__name__: c for c in (TokenizerPipeline, GeneratorPipeline)}.get(index.get("_class_name", ""))
     if cls is None:
         raise GenkitError(
             f"{folder} holds a {index.get('_class_name')}, which genkit does not know; load it with diffusers"
         )
     variant = "ema" if ema and any(folder.glob("*/*.ema.safetensors")) else None
-    # Parts make small tables of their own at construction, which the meta-device shortcut would lose.
     logging.disable_progress_bar()  # two parts are loaded at once
-    pipeline = cls.from_pretrained(folder, variant=variant, low_cpu_mem_usage=False)
-    logging.enable_progress_bar()
+    try:
+        # Parts make small tables of their own at construction, which the meta-device shortcut would lose.
+        pipeline = cls.from_pretrained(folder, variant=variant, low_cpu_mem_usage=False)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(folder, error) from None
+    finally:
+        logging.enable_progress_bar()
     for component in pipeline.components.values():
         component.eval().requires_grad_(False)
     pipeline.weights_variant = variant or "raw"
     pipeline.folder = folder.resolve()
     return pipeline.to(device) if device is not None else pipeline
+
+
+def _damaged(folder: Path, error: Exception) -> GenkitError:
+    """What to do about a checkpoint that cannot be read."""
+    checkpoint = folder.resolve().parent
+    others = sorted(p.name for p in checkpoint.parent.glob("[0-9]*") if p != checkpoint)
+    way = f"take an older one, {checkpoint.parent / others[-1]}" if others else "restore it, or train it again"
+    return GenkitError(f"{folder} is damaged ({' '.join(str(error).split())}); {way}")
 
 
 class AutoPipeline:

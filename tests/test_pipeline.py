@@ -1,6 +1,7 @@
 """Saved runs as pipelines, samples on disk, the front door in Python."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,8 +11,8 @@ import torch
 from PIL import Image
 
 from genkit import AutoPipeline, AutoTokenizer
-from genkit.errors import UsageError
-from genkit.pipeline import draw_seeds
+from genkit.errors import GenkitError, UsageError
+from genkit.pipeline import draw_seeds, open_run
 from genkit.sampling import parse_labels, sample
 from genkit.training import train
 from tests.tiny import GENERATOR, TOKENIZER
@@ -108,6 +109,16 @@ def test_tokenizer_round_trip(runs):
 def test_missing_run_names_a_near_one(runs):
     with pytest.raises(UsageError, match="did you mean 'masked'"):
         AutoPipeline.from_pretrained(runs / "maskd")
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "tokenizer/diffusion_pytorch_model.ema.safetensors"])
+def test_a_damaged_checkpoint_says_what_to_do(runs, tmp_path, name):
+    copied = tmp_path / "copy"
+    shutil.copytree(runs / "vq", copied, symlinks=True)
+    file = copied / "checkpoints" / "last" / "pipeline" / name
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(GenkitError, match=r"is damaged .*restore it, or train it again"):
+        open_run(copied)
 
 
 def test_samples_on_disk_continue_and_refuse_to_mix(runs, tmp_path):
