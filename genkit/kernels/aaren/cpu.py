@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genkit import native
+from genkit import memory, native
 
 _WIDENED = (torch.bfloat16, torch.float16)
 
@@ -28,8 +28,8 @@ def _forward(
     scores: Tensor, v: Tensor, log_denominator: Tensor, mean: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scores, v, log_denominator, mean = (x.contiguous() for x in (scores, v, log_denominator, mean))
-    o, last = torch.empty_like(v), torch.empty_like(log_denominator)
-    keep, share = torch.empty_like(scores), torch.empty_like(scores)
+    o, last = memory.empty_like(v), memory.empty_like(log_denominator)
+    keep, share = memory.empty_like(scores), memory.empty_like(scores)
     native.function("aaren", "aaren_forward", "ppppppppiiiii")(
         scores, v, log_denominator, mean, o, keep, share, last, *v.shape, reverse
     )
@@ -49,7 +49,7 @@ def _backward(
     v: Tensor, mean: Tensor, o: Tensor, keep: Tensor, share: Tensor, do: Tensor, dlast: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     v, mean, do, dlast = (x.contiguous() for x in (v, mean, do, dlast))
-    ds, dv, dlog, dmean = (torch.empty_like(x) for x in (keep, v, dlast, mean))
+    ds, dv, dlog, dmean = (memory.empty_like(x) for x in (keep, v, dlast, mean))
     native.function("aaren", "aaren_backward", "pppppppppppiiiii")(
         v, mean, o, keep, share, do, dlast, ds, dv, dlog, dmean, *v.shape, reverse
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from genkit import native
+from genkit import memory, native
 from genkit.kernels.block_sparse_attention.gradient import connect
 from genkit.kernels.block_sparse_attention.pattern import Pattern
 
@@ -41,8 +41,8 @@ def _forward(
     B, H, N, _ = q.shape
     L, V = v.shape[2:]
     wide_q, wide_k, wide_v = _widened(q), _widened(k), _widened(v)
-    o = torch.empty(B, H, N, wide_v.shape[-1])
-    lse = torch.empty(B, H, N)
+    o = memory.empty(B, H, N, wide_v.shape[-1])
+    lse = memory.empty(B, H, N)
     sizes = (B, H, N, L, wide_q.shape[-1], wide_v.shape[-1], block_size, *num_maps)
     call = native.function("block_sparse_attention", "attend_forward", "p" * 11 + "i" * 9 + "f")
     call(wide_q, wide_k, wide_v, *lists[:4], _transposed(lists[8]), _contiguous(valid), o, lse, *sizes, scale)
@@ -72,7 +72,7 @@ def _backward(
     norm = (lse / math.log(2)).masked_fill(lse == -torch.inf, torch.inf)
     wide = [_widened(x) for x in (q, k, v)]
     wide_do, valid = _widened(do), _contiguous(valid)
-    dq, dk, dv = (torch.empty_like(x) for x in wide)
+    dq, dk, dv = (memory.empty_like(x) for x in wide)
     sizes = (B, H, N, L, wide[0].shape[-1], wide[2].shape[-1], block_size, *num_maps)
     function = native.function
     by_queries = function("block_sparse_attention", "attend_backward_q", "p" * 13 + "i" * 9 + "f")

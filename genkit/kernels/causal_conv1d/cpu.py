@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genkit import native
+from genkit import memory, native
 
 _SEGMENT = 128  # as in cpu.cpp
 
@@ -31,7 +31,7 @@ def _forward(
 ) -> Tensor:
     x, taps, initial_state = x.contiguous(), weight.T.contiguous(), initial_state.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = torch.empty_like(x)
+    y = memory.empty_like(x)
     run = native.function("causal_conv1d", "causal_conv1d_forward", "p" * 5 + "i" * 6)
     run(x, taps, bias, initial_state, y, *x.shape, len(taps), has_silu, reverse)
     return y
@@ -52,7 +52,7 @@ def _backward(
     B, N, D = x.shape
     K = len(taps)
     segments = -(-N // _SEGMENT)
-    dx, dstate = torch.empty_like(x), torch.empty_like(initial_state)
+    dx, dstate = memory.empty_like(x), memory.empty_like(initial_state)
     dtaps, dbias = x.new_empty(B, segments, K, D), x.new_empty(B, segments, D)
     run = native.function("causal_conv1d", "causal_conv1d_backward", "p" * 9 + "i" * 6)
     run(x, taps, bias, initial_state, dy, dx, dtaps, dbias, dstate, B, N, D, K, has_silu, reverse)

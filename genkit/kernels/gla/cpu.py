@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genkit import native
+from genkit import memory, native
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -35,7 +35,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor, scale: float, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     values = v.float().contiguous()
-    o, state = torch.empty_like(values), torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    o, state = memory.empty_like(values), memory.empty_like(initial_state)
     native.function("gla", "gla_forward", "pppppppiiiiifi")(
         *_plain(q, k), values, *_plain(g, initial_state), o, state, *q.shape, v.shape[3], scale, reverse
     )
@@ -62,7 +62,7 @@ def _backward(
     reverse: bool,
 ) -> _Gradients:
     given = _plain(q, k, v, g, initial_state)
-    found = [torch.empty_like(x) for x in given]
+    found = [memory.empty_like(x) for x in given]
     native.function("gla", "gla_backward", "ppppppppppppiiiiifi")(
         *given, *_plain(do, dstate), *found, *q.shape, v.shape[3], scale, reverse
     )

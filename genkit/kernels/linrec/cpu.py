@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genkit import native
+from genkit import memory, native
 
 _WIDENED = (torch.bfloat16, torch.float16)
 
@@ -29,7 +29,7 @@ def linrec(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
 @torch.library.custom_op("genkit::linrec_cpu", mutates_args=(), device_types="cpu")
 def _forward(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
     a, b, h0 = a.contiguous(), b.contiguous(), h0.contiguous()
-    h = torch.empty_like(b)
+    h = memory.empty_like(b)
     native.function("linrec", "linrec_forward", "ppppiiiiiii")(a, b, h0, h, *_sizes(a, b), reverse)
     return h
 
@@ -43,8 +43,8 @@ def _(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
 def _backward(a: Tensor, h: Tensor, h0: Tensor, dh: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     a, h0, dh = a.contiguous(), h0.contiguous(), dh.contiguous()
     B, _, D = h.shape
-    da = a.new_empty(B, a.shape[1], D)
-    db, dh0 = torch.empty_like(h), torch.empty_like(h0)
+    da = memory.empty(B, a.shape[1], D, dtype=a.dtype)
+    db, dh0 = memory.empty_like(h), memory.empty_like(h0)
     native.function("linrec", "linrec_backward", "pppppppiiiiiii")(a, h, h0, dh, da, db, dh0, *_sizes(a, h), reverse)
     return da if a.shape[0] == B else da.sum(0, keepdim=True), db, dh0
 

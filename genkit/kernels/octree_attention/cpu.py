@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genkit import native
+from genkit import memory, native
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,7 +48,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     M, H, K = q.shape
     V = v.shape[-1]
-    o, lse = torch.empty(M, H, V), torch.empty(H, M)
+    o, lse = memory.empty(M, H, V), memory.empty(H, M)
     sizes = (M, H, K, V, window, dilation, shift, bias is not None and len(bias) == 1)
     call = native.function("octree_attention", "octree_forward", "p" * 8 + "i" * 8 + "f")
     call(*_plain(q, k, v), batch_ids.contiguous(), *_plain(bias), _whole(depth), o, lse, *sizes, scale)
@@ -81,7 +81,7 @@ def _backward(
     M, H, K = q.shape
     V = v.shape[-1]
     delta = (do.float() * o.float()).sum(-1).T.contiguous()  # [H, M]
-    dq, dk, dv = (torch.empty(x.shape) for x in (q, k, v))
+    dq, dk, dv = (memory.empty(*x.shape) for x in (q, k, v))
     dbias = torch.zeros(bias.shape if needs_bias and bias is not None else 0)
     sizes = (M, H, K, V, window, dilation, shift, bias is not None and len(bias) == 1)
     call = native.function("octree_attention", "octree_backward", "p" * 13 + "i" * 8 + "f")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genkit import native
+from genkit import memory, native
 
 
 def refuses(u: Tensor, *others: Any) -> str | None:
@@ -65,16 +65,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state, and with `keep` the state before every _STEPS steps, [batch, ceil(N / _STEPS), R, D]; else an empty tensor."""
     given = _solid(u, delta, A, B, C, D_skip, z, delta_bias, initial_state)
-    out, last, kept = _outputs(u, B, initial_state, keep)
+    batch, N, D, _, R = _sizes(u, B)
+    out, last = memory.empty_like(u), memory.empty(batch, D, R)
+    kept = memory.empty(batch, -(-N // _STEPS), R, D) if keep else u.new_empty(0)
     run = native.function("selective_scan", "selective_scan_forward", "p" * 12 + "i" * 7)
     run(*given, out, last, kept if keep else None, *_sizes(u, B), delta_softplus, reverse)
     return out, last, kept
-
-
-def _outputs(u: Tensor, B: Tensor, initial_state: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    batch, N, D, _, R = _sizes(u, B)
-    kept = u.new_empty(batch, -(-N // _STEPS), R, D) if keep else u.new_empty(0)
-    return u.new_empty(u.shape), initial_state.new_empty(batch, D, R), kept
 
 
 @_forward.register_fake
@@ -92,7 +88,9 @@ def _(
     reverse: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(u, B, initial_state, keep)
+    batch, N, D, _, R = _sizes(u, B)
+    kept = u.new_empty(batch, -(-N // _STEPS), R, D) if keep else u.new_empty(0)
+    return u.new_empty(u.shape), initial_state.new_empty(batch, D, R), kept
 
 
 @torch.library.custom_op("genkit::selective_scan_cpu_backward", mutates_args=(), device_types="cpu")
@@ -116,8 +114,8 @@ def _backward(
     given = _solid(u, delta, A, B, C, D_skip, z, delta_bias, initial_state, kept, dout, dlast)
     batch, N, D, groups, R = _sizes(u, B)
     spans = -(-(D // groups) // _SPAN)
-    du, ddelta, dz = (torch.empty_like(u, memory_format=torch.contiguous_format) for _ in range(3))
-    dB, dC = (u.new_empty(batch, spans, N, groups, R) for _ in range(2))
+    du, ddelta, dz = (memory.empty_like(u) for _ in range(3))
+    dB, dC = (memory.empty(batch, spans, N, groups, R) for _ in range(2))
     dA, dh0 = u.new_empty(batch, D, R), u.new_empty(batch, D, R)
     dskip, dbias = u.new_empty(batch, D), u.new_empty(batch, D)
     run = native.function("selective_scan", "selective_scan_backward", "p" * 21 + "i" * 7)

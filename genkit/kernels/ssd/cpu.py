@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genkit import native
+from genkit import memory, native
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -35,7 +35,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor, scale: float, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     values = v.float().contiguous()
-    o, state = torch.empty_like(values), torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    o, state = memory.empty_like(values), memory.empty_like(initial_state)
     native.function("ssd", "ssd_forward", "pppppppiiiiiifi")(
         *_plain(q, k),
         values,
@@ -71,10 +71,10 @@ def _backward(
     reverse: bool,
 ) -> _Gradients:
     given = _plain(q, k, v, g, initial_state)
-    found = [torch.empty_like(x) for x in given]
+    found = [memory.empty_like(x) for x in given]
     (B, N, H, V), (G, K) = v.shape, q.shape[2:]
     if G != H:  # one part per head, summed below
-        found[:2] = (v.new_empty(B, N, H, K, dtype=torch.float32) for _ in "qk")
+        found[:2] = (memory.empty(B, N, H, K) for _ in "qk")
     native.function("ssd", "ssd_backward", "ppppppppppppiiiiiifi")(
         *given, *_plain(do, dstate), *found, B, N, H, G, K, V, scale, reverse
     )
