@@ -1,4 +1,4 @@
-"""All kernels with a compiled path, one suite after another: selective_scan, gla, ssd, linrec, block_sparse_attention, octree_attention."""
+"""All kernels with a compiled path, one suite after another: selective_scan, linear_attention, linrec, block_sparse_attention, octree_attention."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from genkit.bench import Case, load
 
-SUITES = ("selective_scan", "gla", "ssd", "linrec", "block_sparse_attention", "octree_attention")
+SUITES = ("selective_scan", "linear_attention", "linrec", "block_sparse_attention", "octree_attention")
 
 
 def cases(quick: bool) -> Iterable[Case]:

@@ -1,4 +1,4 @@
-"""Elementwise recurrences and what stands on them: linrec and aaren against their plain-torch forms, FFT convolution against the recurrence.
+"""Elementwise recurrences and what stands on them: linrec and aaren against their plain-torch forms, FFT convolution against the direct one.
 
 Memory is kept instead of given back to the system after every call: results above 32 MB would otherwise be fresh pages each time, and touching those for
 the first time takes several times as long as the recurrence, on both sides.
@@ -23,7 +23,7 @@ _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """linrec in the forward and in both directions with its share of the speed of copying; then the others."""
+    """linrec in the forward and in both directions; then the others."""
     _keep_memory()
     lengths = (256, 1024) if quick else (256, 1024, 4096, 16384)
     for N in lengths:
@@ -32,15 +32,6 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case(f"linrec forward {[_B, N, _D]}", "its blocked torch form", 2.5, *sides)
         sides = [_both(linrec, a, b, h0, path=path) for path in ("cpu", "torch")]
         yield Case(f"linrec forward + backward {[_B, N, _D]}", "its blocked torch form", 2.5, *sides)
-        # Three tensors of this size are read or written: against a copy, which moves two, the limit is 2/3.
-        source, target = torch.randn(_B, N, _D), torch.empty(_B, N, _D)
-        yield Case(
-            f"linrec forward {[_B, N, _D]}",
-            "a copy of [B, N, D]",
-            0.6,
-            _forward(linrec, a, b, h0, path="cpu"),
-            _copy(target, source),
-        )
     N = lengths[-1]
     shared = torch.rand(_D)
     sides = [_both(linrec, shared, b, h0, path=path) for path in ("cpu", "torch")]
@@ -55,19 +46,10 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case(f"aaren forward {list(v.shape)}", "its blocked torch form", 2.5, *sides)
         sides = [_both(aaren, scores, v, path=path) for path in ("cpu", "torch")]
         yield Case(f"aaren forward + backward {list(v.shape)}", "its blocked torch form", 2.5, *sides)
-    for N in lengths[-2:]:
-        u, decay = torch.randn(_B, N, _D), torch.rand(_D)
-        kernel = decay ** torch.arange(N)[:, None]
-        sides = [_forward(fftconv, u, kernel), _forward(linrec, decay, u, path="cpu")]
-        yield Case(f"fftconv with a kernel of {N} {[_B, N, _D]}", "linrec, the same result", 0.05, *sides)
     N = 1024
     u, kernel = torch.randn(_B, N, 64), torch.randn(N, 64)
     sides = [_forward(fftconv, u, kernel), _direct(u, kernel)]
     yield Case(f"fftconv with a kernel of {N} {[_B, N, 64]}", "torch.nn.functional.conv1d", 2, *sides)
-
-
-def _copy(target: Tensor, source: Tensor) -> Callable[[], Tensor]:
-    return lambda: target.copy_(source)
 
 
 def _forward(call: Callable[..., Any], *inputs: Tensor, **options: Any) -> Callable[[], Tensor]:

@@ -28,6 +28,7 @@ B, D, R, K = 2, 384, 16, 4  # batch, channels, states, taps
 LENGTHS = (256, 1024, 4096, 16384)
 FORWARD_GOAL, LOOP_GOAL, TRAIN_GOAL, CONV_GOAL = 35, 20, 25, 2
 OPERATIONS = 22  # of one state and step: 11 instructions of the multiply-add unit, 8 of them for the power of 2
+GROWTH = 4.6  # 4 times the tokens may take so many times as long
 PEER_TRAINS_TO = 4096  # its backward pass at 16384 tokens holds 10 GB
 
 Scan = Callable[..., Tensor]
@@ -47,12 +48,20 @@ def cases(quick: bool) -> Iterable[Case]:
             yield Case(f"{name}, forward and backward", peer, TRAIN_GOAL, training(ours, x), both)
         if N <= LENGTHS[1]:
             yield Case(f"{name}, forward", "a loop over tokens in torch", LOOP_GOAL, forward(ours, x), forward(loop, x))
+        if N // 4 in LENGTHS:
+            yield _growth(name, x, inputs(N // 4))
         y = filter_inputs(N)
         name = f"causal convolution, SiLU, B{B} D{D} K{K} N{N}"
         yield Case(f"{name}, forward", torch_name, CONV_GOAL, forward(our_filter, y), forward(torch_filter, y))
         yield Case(
             f"{name}, forward and backward", torch_name, CONV_GOAL, training(our_filter, y), training(torch_filter, y)
         )
+
+
+def _growth(name: str, long: dict[str, Tensor], short: dict[str, Tensor]) -> Case:
+    run = forward(ours, short)
+    case = f"{name} in the time of 4 x N{short['u'].shape[1]}, forward"
+    return Case(case, "four times the shorter one", 4 / GROWTH, forward(ours, long), lambda: [run() for _ in range(4)])
 
 
 def inputs(N: int) -> dict[str, Tensor]:

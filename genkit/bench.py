@@ -97,6 +97,11 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def load(suite: str) -> Callable[[bool], Iterable[Case]]:
     """The function `cases` of a suite. Raises UsageError outside a checkout or for an unknown suite."""
+    return module(suite).cases
+
+
+def module(suite: str) -> Any:
+    """The file of a suite as a module. Raises UsageError outside a checkout or for an unknown suite."""
     if not _FOLDER.is_dir():
         raise UsageError(f"benchmarks live in a checkout of genkit, and {_FOLDER} does not exist; run from a clone")
     known = sorted(path.stem for path in _FOLDER.glob("*.py"))
@@ -105,9 +110,9 @@ def load(suite: str) -> Callable[[bool], Iterable[Case]]:
     spec = importlib.util.spec_from_file_location(f"genkit_benchmarks_{suite}", _FOLDER / f"{suite}.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.cases
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
 
 
 def _time(case: Case, pairs: int) -> Row:
