@@ -122,7 +122,7 @@ def quickstart(args: argparse.Namespace) -> Answer:
         "kind",
         metavar="KIND",
         nargs="?",
-        help="recipes, tokenizers, backbones, mixers, objectives, samplers, reuse, data, metrics or runs",
+        help="recipes, tokenizers, backbones, mixers, conditions, objectives, samplers, reuse, data, metrics or runs",
     ),
     RUNS,
 )
@@ -258,6 +258,19 @@ def _launch(args: argparse.Namespace) -> int:
         metavar="MASK",
         help="which pixels of it: left, right, top, bottom, center, a box Y0:Y1,X0:X1, several joined by +, 'not ...', or an image",
     ),
+    argument(
+        "--caption",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="of generators that are told captions: what to draw; may be repeated",
+    ),
+    argument(
+        "--database",
+        metavar="IMAGES",
+        help="of generators that are told neighbours: others than in training, a folder, zip or npz, fashion:val, or a file of `genkit database`",
+    ),
+    argument("--classes", help="of a database: only entries of these, named as labels are"),
     argument("--format", default="ply", help="of shapes: ply, obj, glb, stl or off (default: ply)"),
     argument(
         "--resolution", type=int, metavar="CELLS", help="of shapes: cells along a side that a surface is looked for in"
@@ -284,6 +297,9 @@ def sample(args: argparse.Namespace) -> Answer:
         rope=_rope(args),
         known=args.known,
         keep=args.keep,
+        captions=args.caption,
+        database=args.database,
+        classes=args.classes,
         format=args.format,
         resolution=args.resolution,
         turntable=args.turntable,
@@ -306,6 +322,21 @@ def _rope(args: argparse.Namespace) -> dict[str, Any]:
     """The changes of rotary positions that were asked for."""
     asked = {"method": args.rope, "gain": args.rope_gain, "per_axis": False if args.rope_longest else None}
     return {name: value for name, value in asked.items() if value is not None}
+
+
+@verb(
+    "embed images as a database of neighbours, for `genkit sample --database`",
+    RUN,
+    argument("images", metavar="IMAGES", help="a folder, zip or npz of images, or a word: fashion:val"),
+    argument("-o", "--out", required=True, metavar="FILE", help="a name in .safetensors"),
+    argument("--classes", help="only these, named as labels are"),
+    DEVICE,
+)
+def database(args: argparse.Namespace) -> Answer:
+    from genkit.sampling import write_database
+
+    found = write_database(args.run, args.images, args.out, classes=args.classes, device=args.device)
+    return Answer(found, f"{found['entries']} embeddings of {found['width']} numbers in {found['out']}")
 
 
 @verb(

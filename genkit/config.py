@@ -104,7 +104,7 @@ class Sampler(_Section):
 
 
 FIXED: dict[str, type[_Section]] = {"train": Train, "log": Log}
-SECTIONS = ("name", "extends", "data", "tokenizer", "backbone", "objective", "sampler", "metrics", "train", "log")
+SECTIONS = ("name", "extends", "data", "tokenizer", "backbone", "condition", "objective", "sampler", "metrics", "train", "log")
 # Keys that may differ when a run is continued: they change what is written, not what is computed.
 FREE = ("log.", "train.num_workers", "train.micro_batch_size", "extends")
 
@@ -298,12 +298,17 @@ def check(data: dict[str, Any], file: str = "", places: dict[str, str] | None = 
                 f"a generator needs a trained tokenizer, tokenizer: {{from: runs/NAME}}, or none, {{type: pixels}}; found {tokenizer!r}{at('tokenizer')}"
             )
         config["backbone"] = registry.check("backbone", data["backbone"], "backbone", config.where)
+        config["condition"] = registry.check(
+            "condition", data.get("condition") or {"type": "label"}, "condition", config.where
+        )
     else:
         config["tokenizer"] = registry.check("tokenizer", tokenizer, "tokenizer", config.where)
         if config["tokenizer"]["type"] == "pixels":
             raise UsageError(
                 f"tokenizer.type=pixels has nothing to train; add a section `backbone`{at('tokenizer.type')}"
             )
+        if data.get("condition"):
+            raise UsageError(f"a tokenizer is told nothing; remove the section `condition`{at('condition')}")
     config["objective"] = registry.check("objective", data.get("objective"), "objective", config.where)
     for section, kind, called in (("sampler", dict, "mapping"), ("metrics", list, "list")):
         if data.get(section) and not isinstance(data[section], kind):

@@ -156,6 +156,22 @@ class Backbone(Protocol):
     ) -> Tensor: ...
 
 
+class Condition(Protocol):
+    """What a generator is told of a sample besides what it draws: read from a batch while training, from a request while sampling.
+
+    `takes` are the options of a backbone that follow from it: num_classes, context_dim, text_length. `prepare(count)`, where there is one, comes before
+    training on so many samples.
+    """
+
+    takes: Mapping[str, int]
+
+    def of_batch(self, batch: Mapping[str, Any]) -> Cond: ...
+    def of_request(
+        self, labels: Tensor, rng: Rng, *, texts: Sequence[str] | None = None, database: Any = None
+    ) -> Cond: ...
+    def names(self, database: Any = None) -> tuple[str, ...]: ...  # of what labels of a request mean
+
+
 class Objective(Protocol):
     """Model and data -> losses; model -> what a sampler may call.
 

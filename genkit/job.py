@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from genkit import caching, checkpoint, files, images, registry, shapes
 from genkit import config as configs
-from genkit.captions import captions, condition, reads_texts
 from genkit.checkpoint import Counters, Run
 from genkit.data.cache import check_size
 from genkit.data.loader import batches, read_all
 from genkit.ema import Ema
 from genkit.errors import UsageError
-from genkit.interfaces import Layout
+from genkit.interfaces import Cond, Layout
 from genkit.nn.latents import LatentStats
 from genkit.nn.layout import dense_layout, padded_layout
 from genkit.optim import adamw
@@ -47,6 +46,7 @@ class Job:
     objective: Any
     dataset: Any
     tokenizer: Any  # frozen, of a generator; None when a tokenizer is trained
+    condition: Any  # what a generator is told; None when a tokenizer is trained
     layout: Layout | None
     class_names: tuple[str, ...]
     counters: Counters
@@ -70,12 +70,9 @@ class Job:
         assert layout is not None
         return z if layout.valid is None else torch.where(layout.valid.unflatten(1, z.shape[2:]).unsqueeze(1), z, 0)
 
-    def cond_of(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def cond_of(self, batch: dict[str, Any]) -> Cond:
         """What a generator is told of a batch; nothing when a tokenizer is trained."""
-        if self.tokenizer is None:
-            return {}
-        texts = captions(batch, self.class_names) if reads_texts(self.model) else None
-        return condition(self.model, batch["label"], self.class_names, texts)
+        return {} if self.condition is None else self.condition.of_batch(batch)
 
     @property
     def total_samples(self) -> int:
@@ -91,7 +88,7 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
     torch.manual_seed(settings["seed"])  # initial weights, the same in every process
     random.seed(settings["seed"])  # code outside the project
     objective = registry.build("objective", config["objective"])
-    tokenizer, layout = None, None
+    tokenizer, layout, condition = None, None, None
     if config.task == "tokenize":
         dataset = registry.build("data", config["data"])
         if dataset.info.unit:
@@ -113,13 +110,25 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
         grid = tuple(dataset.meta["grid"])
         class_names = tuple(dataset.info.class_names)
         layout = dense_layout(grid, device=accelerator.device)
+        condition = registry.build(
+            "condition",
+            config["condition"],
+            tokenizer=tokenizer,
+            grid=grid,
+            class_names=class_names,
+            data=config["data"],
+            folder=run.path,
+        )
+        if hasattr(condition, "prepare"):
+            with accelerator.main_process_first():
+                condition.prepare(len(dataset))
         model = registry.build(
             "backbone",
-            config["backbone"],
+            told(config, condition.takes),
             channels=tokenizer.channels,
             codebook_size=tokenizer.codebook_size,
             num_levels=tokenizer.num_levels,
-            num_classes=len(class_names),
+            num_classes=condition.takes["num_classes"],
             grid=grid,
             patch_sizes=getattr(tokenizer, "patch_sizes", None),
             num_grains=getattr(tokenizer, "num_grains", None),
@@ -157,6 +166,7 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
         objective,
         dataset,
         tokenizer,
+        condition,
         layout,
         class_names,
         counters,
@@ -165,6 +175,29 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
         record_start(job)
         job.board = tensorboard(run)
     return job
+
+
+def told(job_config: configs.Config, takes: Mapping[str, int]) -> dict[str, Any]:
+    """The section `backbone` with the options that follow from the section `condition`.
+
+    Raises: UsageError for a backbone that has no such option, or another value of it.
+    """
+    spec, word = dict(job_config["backbone"]), job_config["condition"]["type"]
+    options = registry.options(registry.find("backbone", spec["type"]))
+    for name, value in takes.items():
+        if name == "num_classes":
+            continue
+        if name not in options:
+            able = [w for w in registry.words("backbone") if name in registry.options(registry.find("backbone", w))]
+            raise UsageError(
+                f"condition.type={word} needs a backbone with {name}, and {spec['type']} has none; backbones that do: {', '.join(able)}"
+            )
+        if spec.get(name) not in (None, value):
+            raise UsageError(
+                f"backbone.{name}={spec[name]}, but condition.type={word} gives {value}; remove it from the recipe"
+            )
+        spec[name] = value
+    return spec
 
 
 def check_sizes(backbone: Any, dataset: Any, job_config: configs.Config, channels: int) -> None:
@@ -278,7 +311,9 @@ def pipeline_of(job: Job) -> TokenizerPipeline | GeneratorPipeline:
         sampler=config["sampler"],
         grid=list(job.layout.grid),
         class_names=list(job.class_names),
+        condition=config["condition"],
         run_config=config,
+        told=job.condition,
     )
 
 
@@ -342,9 +377,10 @@ def draw(job: Job) -> None:
             picture = images.grid(rows, columns=len(x), row_names=("image", "reconstruction", "|difference|"))
         else:
             pipeline = pipeline_of(job)
-            labels = torch.arange(count) % len(job.class_names) if job.class_names else torch.full((count,), -1)
+            classes = pipeline.num_classes
+            labels = torch.arange(count) % classes if classes else torch.full((count,), -1)
             seeds = sample_seeds(job.config["train"]["seed"], 0, count)
-            picture = images.grid(pipeline.generate(labels, seeds), columns=min(count, len(job.class_names) or 10))
+            picture = images.grid(pipeline.generate(labels, seeds), columns=min(count, classes or 10))
             record |= {"labels": labels.tolist(), "seeds": seeds, "sampler": job.config["sampler"]}
     images.write_png(path, picture)
     files.write_json(path.with_suffix(".json"), record)

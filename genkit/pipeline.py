@@ -24,7 +24,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from genkit import config, registry
-from genkit.captions import condition
 from genkit.checkpoint import find_run
 from genkit.data.sizes import parse_size, show_size
 from genkit.errors import GenkitError, UsageError
@@ -71,6 +70,7 @@ class GeneratorPipeline(DiffusionPipeline):
         objective, sampler: checked specs of the parts that turn the backbone into a predictor and call it.
         grid: tokens along each axis of a generated sample.
         class_names: one per class; empty for an unconditional model.
+        condition: checked spec of what the backbone is told; None = the class.
         run_config: resolved config of the run, for the record.
     """
 
@@ -86,25 +86,52 @@ class GeneratorPipeline(DiffusionPipeline):
         sampler: dict | None = None,
         grid: list = [],  # noqa: B006
         class_names: list = [],  # noqa: B006
+        condition: dict | None = None,
         run_config: dict | None = None,
+        told: Any = None,
     ):
         super().__init__()
         if objective is None or sampler is None or not grid:
             raise UsageError("a generator pipeline needs objective, sampler and grid beside its modules")
         self.register_modules(tokenizer=tokenizer, backbone=backbone)
         self.register_to_config(
-            objective=objective, sampler=sampler, grid=list(grid), class_names=list(class_names), run_config=run_config
+            objective=objective,
+            sampler=sampler,
+            grid=list(grid),
+            class_names=list(class_names),
+            condition=condition,
+            run_config=run_config,
         )
         self.objective: dict[str, Any] = objective
         self.sampler: dict[str, Any] = sampler
         self.grid = tuple(grid)
         self.class_names = tuple(class_names)
+        self.condition: dict[str, Any] = condition or {"type": "label"}
         self.run_config = run_config
+        self._told = told
         self._weak: dict[str, Any] = {}  # path -> a worse model, opened when first guided by
 
     @property
     def num_classes(self) -> int:
-        return len(self.class_names)
+        """Classes that labels count: those of the database where it is told neighbours."""
+        return len(self.told.names())
+
+    @property
+    def told(self) -> Any:
+        """What makes the condition of a request (genkit.interfaces.Condition)."""
+        if self._told is None:
+            # A checkpoint lies in a run, which may keep what the condition needs.
+            folder = getattr(self, "folder", None)
+            self._told = registry.build(
+                "condition",
+                self.condition,
+                tokenizer=self.tokenizer,
+                grid=self.grid,
+                class_names=self.class_names,
+                data=(self.run_config or {}).get("data"),
+                folder=None if folder is None else folder.parents[2],
+            )
+        return self._told
 
     @torch.no_grad()
     def generate(
@@ -120,12 +147,13 @@ class GeneratorPipeline(DiffusionPipeline):
         start: Tensor | None = None,
         resolution: int | None = None,
         texts: Sequence[str] | None = None,
+        database: Any = None,
         on_step: OnStep | None = None,
     ) -> Any:
         """Samples by label and seed: the same pair gives the same image in any batch.
 
         Args:
-            labels: [B] int64, -1 = no class.
+            labels: [B] int64, -1 = no class; of generators that are told neighbours, the class of what is looked for in the database.
             seeds: one per sample.
             steps, guidance: instead of the sampler's own; guidance 1 = off.
             sampler: changes of the recipe's section `sampler`: {"reuse": {"type": "skip_blocks"}}, or texts as on the command line, "type=euler".
@@ -134,8 +162,9 @@ class GeneratorPipeline(DiffusionPipeline):
                 nn.extrapolation; None = as the recipe says.
             start: of masked generators, what is known: ids [B, Q, *grid] with -1, or latents [B, C, *grid] with NaN, where they are to be found
                 (genkit/editing.py makes it of an image).
-
-            texts: of generators that read texts, one for each sample; None = the names of the classes.
+            texts: of generators that are told captions, one for each sample; None = the names of the classes.
+            database: of generators that are told neighbours, another database (genkit/conditions/embeddings.py) than that of training, by an object or
+                by a word: a folder, fashion:val, a file of `genkit database`.
             resolution: of shapes, cells along a side in which their surface is looked for; None = the tokenizer's.
 
         Returns: [B, C, Y, X] in [-1, 1]; of shapes a list of B meshes.
@@ -155,7 +184,9 @@ class GeneratorPipeline(DiffusionPipeline):
         objective = registry.build("objective", self.objective)
         if hasattr(objective, "bind"):
             objective.bind(self.tokenizer)
-        labels = self.check_labels(labels)
+        if isinstance(database, str | Path) and hasattr(self.told, "open"):
+            database = self.told.open(str(database))
+        labels = self.check_labels(labels, self.told.names(database))
         grid = self.grid if size is None else self.grid_of(size)
         if grid != self.grid and hasattr(objective, "bind"):
             raise UsageError(
@@ -167,7 +198,7 @@ class GeneratorPipeline(DiffusionPipeline):
         predict: Any = guide(
             objective,
             reuse.start(self.backbone) if wraps else self.backbone,
-            condition(self.backbone, labels.to(self.device), self.class_names, texts),
+            self.told.of_request(labels.to(self.device), rng, texts=texts, database=database),
             dense_layout(grid, device=self.device),
             how,
             reuse.start(weak) if wraps and weak is not None else weak,
@@ -235,7 +266,8 @@ class GeneratorPipeline(DiffusionPipeline):
         strength = sampler["guidance"] if strength is None else strength
         if strength < 0:
             raise UsageError(f"guidance {strength:g} must be at least 0; 1 = off")
-        if strength != 1 and not self.num_classes and not has_weak:
+        is_told = self.num_classes or self.condition["type"] != "label"
+        if strength != 1 and not is_told and not has_weak:
             raise UsageError(
                 f"guidance {strength:g} of a model that was trained without classes: there is nothing to guide towards; use 1, "
                 "or guide it away from a worse model with sampler.guidance_weak=RUN"
@@ -263,12 +295,11 @@ class GeneratorPipeline(DiffusionPipeline):
             self._weak[path] = weak.backbone
         return self._weak[path]
 
-    def check_labels(self, labels: Tensor) -> Tensor:
-        """Raises UsageError for a label that is no class of this model."""
-        wrong = labels[(labels < -1) | (labels >= max(self.num_classes, 0))]
-        wrong = wrong[wrong != -1]
+    def check_labels(self, labels: Tensor, names: Sequence[str]) -> Tensor:
+        """Raises UsageError for a label that is none of so many classes."""
+        wrong = labels[(labels < -1) | (labels >= len(names))]
         if len(wrong):
-            classes = f"0-{self.num_classes - 1}" if self.num_classes else "none (the model is unconditional)"
+            classes = f"0-{len(names) - 1}" if names else "none (the model is unconditional)"
             raise UsageError(f"label {int(wrong[0])} is out of range; classes: {classes}")
         return labels
 

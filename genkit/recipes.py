@@ -15,6 +15,7 @@ PARTS = {
     "tokenizers": "tokenizer",
     "backbones": "backbone",
     "mixers": "mixer",
+    "conditions": "condition",
     "objectives": "objective",
     "samplers": "sampler",
     "reuse": "reuse",

@@ -31,6 +31,7 @@ FAMILIES: dict[str, tuple[str, frozenset[str]]] = {
         ),
     ),
     "mixer": ("mixers", frozenset({"dim", "layer"})),
+    "condition": ("conditions", frozenset({"tokenizer", "grid", "class_names", "data", "folder"})),
     "objective": ("objectives", frozenset()),
     "sampler": ("samplers", frozenset({"reuse"})),
     "reuse": ("reuse", frozenset()),

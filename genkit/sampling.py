@@ -59,6 +59,9 @@ def sample(
     rope: Mapping[str, Any] | None = None,
     known: str | Path | None = None,
     keep: str | None = None,
+    captions: Sequence[str] = (),
+    database: str | Path | None = None,
+    classes: str | None = None,
     format: str = "ply",
     resolution: int | None = None,
     turntable: bool = False,
@@ -72,12 +75,15 @@ def sample(
     An interrupted call continues when it is repeated. Under `accelerate launch` the images are shared out over the processes.
 
     Args:
-        count: how many; by default one per label.
-        labels: see `parse_labels`.
+        count: how many; by default one per label, or per caption.
+        labels: see `parse_labels`; of a generator that is told neighbours, classes of the database.
         sampler: changes of the recipe's section `sampler`: "type=euler", "reuse.type=skip_blocks".
         size: pixels, "48x64" or (Y, X), rows x columns; by default as trained.
         rope: how rotary positions meet another size, see GeneratorPipeline.generate.
         known, keep: of masked generators, an image and which of its pixels stay, see genkit.editing.mask_of; the others are drawn.
+        captions: of a generator that is told captions, what to draw, in turn; by default the names of the classes.
+        database, classes: of a generator that is told neighbours, another database than that of training (genkit/conditions/neighbours.py), and
+            which classes of it.
         format, resolution, turntable: of shapes, see genkit.shapes.write_samples.
         out: folder; by default RUN/samples/seed-SEED, with the size in its name if there is one.
 
@@ -93,13 +99,22 @@ def sample(
         raise UsageError(
             f"run {run} is a tokenizer; sampling needs a generator's run (`genkit encode` and `decode` use tokenizers)"
         )
-    chosen = parse_labels(labels, pipeline.class_names)
-    count = len(chosen) if count is None else count
+    neighbours = None
+    if database is not None or classes is not None:
+        neighbours = open_database(pipeline, database, classes)
+    class_names = pipeline.told.names(neighbours)
+    if captions and labels is not None:
+        raise UsageError("--caption and --labels both say what to draw; give one of them")
+    chosen = [-1] if captions else parse_labels(labels, class_names)
+    count = len(captions or chosen) if count is None else count
     if count < 1:
         raise UsageError(f"-n {count}: at least one sample is needed")
     all_labels = [chosen[i % len(chosen)] for i in range(count)]
     seeds = sample_seeds(seed, 0, count)
+    texts = [captions[i % len(captions)] for i in range(count)] if captions else None
     edit = "" if known is None else f"-{Path(known).stem}"
+    edit += "-captions" if captions else ""
+    edit += "" if neighbours is None else f"-{named_database(database, classes)}"
     folder = Path(out) if out is not None else Path(run) / "samples" / f"seed-{seed}{named_size(size, rope)}{edit}"
     settings = {
         "run": str(run),
@@ -110,6 +125,7 @@ def sample(
         | ({} if guidance is None else {"guidance": guidance}),
         **({} if size is None else {"size": list(parse_size(size))}),
         **({"rope": dict(rope)} if rope else {}),
+        **({} if neighbours is None else {"database": database and str(database), "classes": classes}),
     }
     if hasattr(pipeline.tokenizer, "meshes"):
         if size is not None or known is not None or rope:
@@ -135,9 +151,11 @@ def sample(
         settings["known"] = edited.record
     names = [f"{i:06d}.png" for i in range(count)]
     rows = [
-        {"file": name, "label": label, "class": pipeline.class_names[label] if label >= 0 else None, "seed": seed}
+        {"file": name, "label": label, "class": class_names[label] if label >= 0 else None, "seed": seed}
         for name, label, seed in zip(names, all_labels, seeds, strict=True)
     ]
+    if texts is not None:
+        rows = [row | {"caption": text} for row, text in zip(rows, texts, strict=True)]
     if state.is_main_process:
         claim(folder, {**settings, "samples": rows})
     state.wait_for_everyone()
@@ -155,6 +173,8 @@ def sample(
                 sampler=sampler,
                 size=size,
                 rope=rope,
+                texts=None if texts is None else [texts[i] for i in part],
+                database=neighbours,
                 start=None if edited is None else edited.start.expand(len(part), -1, -1, -1),
                 on_step=lambda step, total, state: progress.advance(0, step=step + 1),
             )
@@ -167,7 +187,7 @@ def sample(
     if state.is_main_process:
         shown = range(min(count, 200))
         tensors = _read([folder / names[i] for i in shown])
-        images.write_png(folder / "grid.png", class_grid(tensors, [all_labels[i] for i in shown], pipeline.class_names))
+        images.write_png(folder / "grid.png", class_grid(tensors, [all_labels[i] for i in shown], class_names))
     return {
         "images": count,
         "out": str(folder),
@@ -175,6 +195,46 @@ def sample(
         "json": str(folder / "samples.json"),
         "seconds": seconds,
     }
+
+
+def open_database(pipeline: Any, database: str | Path | None, classes: str | None) -> Any:
+    """The database by a word, None = that of training; of some of its classes alone, named as labels are.
+
+    Raises: UsageError for a generator that is told something else, and for what cannot be a database.
+    """
+    if not hasattr(pipeline.told, "open"):
+        raise UsageError(
+            f"--database is for generators that are told neighbours; this one was trained with condition: {{type: {pipeline.condition['type']}}}"
+        )
+    found = pipeline.told.database if database is None else pipeline.told.open(str(database))
+    return found if classes is None else found.of_classes(parse_labels(classes, found.class_names))
+
+
+def write_database(
+    run: str | Path, images: str, out: str | Path, *, classes: str | None = None, device: str | None = None
+) -> dict[str, Any]:
+    """Embed images as neighbours for a generator, into a file that `sample` takes in their place. Returns: out, entries, width, classes."""
+    from genkit.pipeline import open_run
+
+    if Path(out).suffix != ".safetensors":
+        raise UsageError(f"-o {out}: a database is a file of safetensors; give it a name in .safetensors")
+    pipeline = open_run(run, device=device)
+    if not hasattr(pipeline, "generate"):
+        raise UsageError(f"run {run} is a tokenizer; a database belongs to a generator that is told neighbours")
+    found = open_database(pipeline, images, classes)
+    found.save(Path(out))
+    return {
+        "out": str(out),
+        "entries": len(found),
+        "width": found.vectors.shape[1],
+        "classes": list(found.class_names),
+    }
+
+
+def named_database(database: str | Path | None, classes: str | None) -> str:
+    """For the name of a folder: "val", "cats-3,7"."""
+    parts = ["" if database is None else Path(database).stem, classes or ""]
+    return re.sub(r"[^A-Za-z0-9_.,]+", "-", "-".join(filter(None, parts)))
 
 
 def claim(folder: Path, record: dict[str, Any]) -> None:

@@ -13,21 +13,19 @@ from genkit.backbones.dq import DQ
 from genkit.backbones.gpt import GPT
 from genkit.backbones.rq import RQ
 from genkit.backbones.var import VAR
-from genkit.captions import captions
 from genkit.errors import UsageError
 from genkit.guidance import Guidance, guide
 from genkit.interfaces import Layout
 from genkit.mixers.attention import KeysValues
-from genkit.neighbours import Database
 from genkit.nn import grain as grains
 from genkit.nn.grain_sequence import GrainSequence
 from genkit.nn.layout import dense_layout
 from genkit.nn.multiscale import ScaleQuantizer
 from genkit.nn.text import bytes_of
+from genkit.objectives.dropping import drop
 from genkit.objectives.next_code import NextCode
 from genkit.objectives.next_scale import NextScale
-from genkit.objectives.next_token import NextToken, drop
-from genkit.optional import is_installed
+from genkit.objectives.next_token import NextToken
 from genkit.pipeline import open_run
 from genkit.rng import Rng
 from genkit.samplers.autoregressive import Autoregressive
@@ -590,45 +588,7 @@ def test_the_text_encoder_learns_with_the_generator():
     model, cond = conditioned("text")
     loss = NextToken(cond_drop=0.0)(model.train(), random_ids("gpt"), cond, LAYOUT, Rng.at(0, 0, 4))["nll"].mean()
     loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.text.parameters())
-
-
-def test_neighbours_are_those_of_brute_force_without_the_query_itself():
-    generator = torch.Generator().manual_seed(0)
-    vectors, queries = torch.randn(50, 6, generator=generator), torch.randn(7, 6, generator=generator)
-    database = Database(vectors, torch.arange(50) % 5)
-    similarity = torch.nn.functional.cosine_similarity(queries[:, None], vectors[None], dim=-1)
-    assert torch.equal(database.search(queries, 4, piece=3), similarity.topk(4).indices)
-    torch.testing.assert_close(database.context(queries, 4), vectors[similarity.topk(4).indices])  # not normalised
-    itself = torch.arange(50)
-    found = database.search(vectors, 3, omit=itself)
-    assert (found != itself[:, None]).all()
-    assert torch.equal(found, database.search(vectors, 4)[:, 1:])
-    assert set((database.of_classes([1, 3]).labels).tolist()) == {1, 3}
-    if is_installed("faiss"):
-        assert torch.equal(Database(vectors, index="faiss").search(queries, 4), similarity.topk(4).indices)
-    often = torch.arange(50)
-    assert database.draw(Rng.at(0, 0, 30), often, share=0.1).min() >= 45
-    assert len(Database.of([vectors[:20, :, None, None], vectors[20:, :, None, None]], lambda x: x)) == 50
-
-
-def test_databases_that_cannot_be_are_refused():
-    for empty_ in (lambda: Database(torch.zeros(0, 6)), lambda: Database.of([], lambda x: x)):
-        with pytest.raises(UsageError, match="the database of neighbours is empty"):
-            empty_()
-    database = Database(torch.randn(3, 6))
-    with pytest.raises(UsageError, match="4 neighbours of a database of 3 entries"):
-        database.search(torch.randn(2, 6), 4)
-    with pytest.raises(UsageError, match="between 1 and 2"):
-        database.search(torch.randn(2, 6), 3, omit=torch.tensor([0, 1]))
-    with pytest.raises(UsageError, match="0 neighbours"):
-        database.search(torch.randn(2, 6), 0)
-    with pytest.raises(UsageError, match="both must come from one embedding"):
-        database.search(torch.randn(2, 5), 1)
-    with pytest.raises(UsageError, match="no labels"):
-        database.of_classes([1])
-    with pytest.raises(UsageError, match="is empty"):
-        Database(torch.randn(3, 6), torch.tensor([0, 1, 1])).of_classes([7])
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.told.parameters())
 
 
 # Scales
@@ -783,7 +743,8 @@ def test_a_generator_is_trained_sampled_and_told_texts(tmp_path, monkeypatch):
     mixer = {**ATTENTION, "bias": False}
     recipe = GENERATOR | {
         "name": "gpt",
-        "backbone": {"type": "gpt", "dim": 16, "depth": 1, "multiple_of": 8, "mixer": mixer, "text_length": 12},
+        "backbone": {"type": "gpt", "dim": 16, "depth": 1, "multiple_of": 8, "mixer": mixer},
+        "condition": {"type": "captions", "length": 12},
         "objective": {"type": "next_token"},
         "sampler": {"type": "autoregressive", "guidance": 2.0},
     }
@@ -796,16 +757,11 @@ def test_a_generator_is_trained_sampled_and_told_texts(tmp_path, monkeypatch):
     names = [pipe.class_names[7], pipe.class_names[8], ""]
     assert torch.equal(pipe.generate(labels, [1, 2, 3], texts=names), by_label)
     assert not torch.equal(pipe.generate(labels, [1, 2, 3], texts=["a dress", "a dress", "a dress"]), by_label)
-    with pytest.raises(UsageError, match="1 texts for 3 samples"):
+    with pytest.raises(UsageError, match="1 captions for 3 samples"):
         pipe.generate(labels, [1, 2, 3], texts=["a dress"])
     with pytest.raises(UsageError, match="takes as many steps as its generator draws in"):
         pipe.generate(labels, [1, 2, 3], steps=5)
     with pytest.raises(UsageError, match=r"tokenizer\.from is a vq"):
         train(recipe | {"name": "scales", "objective": {"type": "next_scale"}, "backbone": recipe["backbone"]})
     with pytest.raises(UsageError, match="needs a tokenizer that codes so"):
-        train(recipe | {"name": "var", "objective": {"type": "next_scale"}, "backbone": {"type": "var"}})
-
-
-def test_captions_are_the_names_of_emoji_or_of_classes():
-    batch = {"key": ["1F600 grinning face", "train/17", "x"], "label": torch.tensor([0, 1, -1])}
-    assert captions(batch, ["faces", "coat"]) == ["grinning face", "coat", ""]
+        train(recipe | {"name": "var", "condition": {"type": "label"}, "objective": {"type": "next_scale"}, "backbone": {"type": "var"}})

@@ -91,3 +91,13 @@ def test_a_published_generator_of_sequences_has_the_published_weights(name):
     with torch.device("meta"):
         network = registry.build("backbone", recipe["backbone"], num_classes=1000, **tokens)
     assert sum(parameter.numel() for parameter in network.parameters()) == weights
+
+
+def test_a_published_generator_of_neighbours_has_the_weights_of_its_parts():
+    """18 layers of 768: attention 4 D^2, attention to 512 channels 2 D^2 + 2 D 512, a gated perceptron 3 D 2048, three norms; ids in and out, one start."""
+    recipe = config.load(FOLDER / "rarm.yaml")
+    spec = recipe["backbone"] | {"context_dim": 512}  # of CLIP ViT-B/32
+    with torch.device("meta"):
+        network = registry.build("backbone", spec, num_classes=0, codebook_size=16384, num_levels=1, grid=(16, 16))
+    block = 6 * 768**2 + 2 * 768 * 512 + 3 * 768 * 2048 + 3 * 768
+    assert sum(p.numel() for p in network.parameters()) == 18 * block + 2 * 16384 * 768 + 2 * 768 == 188_000_256

@@ -21,7 +21,7 @@ LAYERS = (
     ("backbones", "tokenizers"),
     ("samplers", "reuse", "data"),
     ("metrics",),
-    ("objectives",),
+    ("objectives", "conditions"),
 )
 RANK = {folder: rank for rank, folders in enumerate(LAYERS) for folder in folders}
 # What stands above all parts. (`genkit.pipeline` and `genkit.registry` are reached through words, not through imports.)

@@ -19,7 +19,6 @@ from genkit.interfaces import Cache, Cond, Layout
 from genkit.kernels.decode_block.op import compiled
 from genkit.mixers.attention import Attention
 from genkit.nn.causal_block import causal, init_normal
-from genkit.nn.cross_attention import CrossAttention
 from genkit.nn.drop_path import DropPath
 from genkit.nn.dropout import Dropout
 from genkit.nn.embed import IdEmbedding, LabelEmbedding
@@ -27,7 +26,7 @@ from genkit.nn.gated_mlp import GatedMLP
 from genkit.nn.norm import RMSNorm
 from genkit.nn.rope import rope_table
 from genkit.nn.sequence import behind_prefix, part
-from genkit.nn.text import TextEncoder
+from genkit.nn.told import Told
 from genkit.registry import MixerSpec, maker
 
 ATTENTION: MixerSpec = {
@@ -100,11 +99,6 @@ class Block(nn.Module):
         return out
 
 
-def cross_heads(dim: int) -> int:
-    """Of 64 channels, or one that has them all."""
-    return dim // 64 if dim % 64 == 0 else 1
-
-
 class GPT(ModelMixin, ConfigMixin):
     """ids [B, 1, *grid] -> logits [B, 1, *grid, S] of each id given those before it and the condition. A fresh network returns 0.
 
@@ -118,10 +112,7 @@ class GPT(ModelMixin, ConfigMixin):
         multiple_of: hidden channels of the perceptrons are 8/3 dim rounded up to a multiple of this.
         class_rope: rotary place of the condition's token. "zero" has no place, as in the released code: it is attended to with logit 0. "identity":
             it is at 0, as the first id is.
-        context_dim: width of the vectors in cond["context"], which every block attends to: embeddings of neighbours (genkit.neighbours), or the states
-            of any text encoder. null = no such attention.
-        text_length: letters of the texts in cond["text"] that are read by an encoder trained here (genkit.nn.text); null = no texts. Not together with
-            context_dim.
+        context_dim, text_length: what every block attends to besides, see genkit.nn.told; the section `condition` of a recipe sets them.
         norm_eps: of the RMS norms.
         token_dropout: on the embedded tokens.
         dropout: on both residual branches.
@@ -159,14 +150,9 @@ class GPT(ModelMixin, ConfigMixin):
             raise UsageError(
                 f"backbone.type=gpt draws one id per place, the tokenizer makes {num_levels}; use backbone.type=rq"
             )
-        if context_dim is not None and text_length is not None:
-            raise UsageError("backbone.context_dim and backbone.text_length: the context is one or the other")
         make_mixer = maker("mixer", mixer)
         self.gradient_checkpointing = False
-        self.text = (
-            None if text_length is None else TextEncoder(dim=dim, num_heads=cross_heads(dim), length=text_length)
-        )
-        width = dim if text_length is not None else context_dim
+        self.told = Told(dim=dim, context_dim=context_dim, text_length=text_length)
         self.embed = IdEmbedding(num_levels=1, num_rows=codebook_size, dim=dim)
         self.label = LabelEmbedding(num_classes=num_classes, dim=dim)
         self.drop_tokens = Dropout(token_dropout)
@@ -178,7 +164,7 @@ class GPT(ModelMixin, ConfigMixin):
                 norm_eps=norm_eps,
                 dropout=dropout,
                 drop_path=drop_path * i / max(1, depth - 1),
-                cross=None if width is None else CrossAttention(dim=dim, context_dim=width, num_heads=cross_heads(dim)),
+                cross=self.told.attention(),
             )
             for i in range(depth)
         )
@@ -236,16 +222,7 @@ class GPT(ModelMixin, ConfigMixin):
         """What the blocks attend to and which of it is real; made once for a cache."""
         if cache is not None and "context" in cache:
             return cache["context"]
-        context: tuple[Tensor, Tensor | None] | None = None
-        if self.text is not None and "text" in cond:
-            context = self.text(cond["text"])
-        elif self.config["context_dim"] is not None and "context" in cond:
-            given = cond["context"]
-            if given.ndim != 3 or given.shape[2] != self.config["context_dim"]:
-                raise UsageError(
-                    f"the context is {list(given.shape)}, expected [B, k, {self.config['context_dim']}] as in training (backbone.context_dim)"
-                )
-            context = (given, (given != 0).any(-1))  # all zero = nothing
+        context = self.told(cond)
         if cache is not None and context is not None:
             cache["context"] = context
         return context

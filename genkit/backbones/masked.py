@@ -17,23 +17,30 @@ from torch import Tensor, nn
 from genkit.errors import UsageError
 from genkit.interfaces import ATTEND, Cache, Cond, Layout
 from genkit.nn.context import check_keeps_context, context_of
+from genkit.nn.cross_attention import CrossAttention
 from genkit.nn.dropout import Dropout
 from genkit.nn.embed import IdEmbedding, LabelEmbedding, PositionEmbedding, SincosPositions
 from genkit.nn.mlp import MLP
 from genkit.nn.norm import modulate
+from genkit.nn.told import Told
 from genkit.registry import MixerSpec, maker
 
 ATTENTION: MixerSpec = {"type": "attention"}
 
 
 class Block(nn.Module):
-    """Mixer and MLP, each inside a residual branch whose shift, scale and gate come from the condition c [B, D]."""
+    """Mixer and MLP, each inside a residual branch whose shift, scale and gate come from the condition c [B, D]; with a context, attention to it between
+    them, as MUSE (Chang et al., 2023)."""
 
-    def __init__(self, *, dim: int, mixer: nn.Module, mlp_ratio: float, dropout: float):
+    def __init__(
+        self, *, dim: int, mixer: nn.Module, mlp_ratio: float, dropout: float, cross: CrossAttention | None = None
+    ):
         super().__init__()
         self.mixer = mixer
         self.mlp = MLP(dim=dim, mlp_ratio=mlp_ratio)
         self.dropout = Dropout(dropout)
+        self.cross = cross
+        self.cross_norm = None if cross is None else nn.LayerNorm(dim, eps=1e-6)
         self.modulation = nn.Linear(dim, 6 * dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -41,9 +48,17 @@ class Block(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.zeros_(self.modulation.weight)  # every block starts as the identity
+        if cross is not None:
+            nn.init.zeros_(cross.proj.weight)
 
     def forward(
-        self, h: Tensor, c: Tensor, layout: Layout, cache: Cache | None = None, positions: Tensor | None = None
+        self,
+        h: Tensor,
+        c: Tensor,
+        layout: Layout,
+        cache: Cache | None = None,
+        positions: Tensor | None = None,
+        context: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
         """[B, N, D] -> [B, N, D]. Where positions [P] are given, only these tokens of the flattened batch go on after
         mixing: -> [P, D].
@@ -52,6 +67,8 @@ class Block(nn.Module):
         mixing, widening = self.modulation(c).view(B, 2, 3, D).unbind(1)  # [B, 3, D] each
         shift, scale, gate = mixing.unsqueeze(2).unbind(1)  # [B, 1, D] each
         h = torch.addcmul(h, gate, self.dropout(self.mixer(modulate(h, shift, scale), layout, cache)))
+        if self.cross is not None and self.cross_norm is not None and context is not None:
+            h = h + self.dropout(self.cross(self.cross_norm(h), *context))
         if positions is None:
             shift, scale, gate = widening.unsqueeze(2).unbind(1)
         else:
@@ -71,6 +88,7 @@ class Masked(ModelMixin, ConfigMixin):
         mixer: a part, or a list of parts repeated through the depth.
         dropout: on both residual branches.
         positions: "learned" one vector per place, fits only the trained grid; "sincos" fixed waves, fits any grid.
+        context_dim, text_length: what every block attends to besides, see genkit.nn.told; the section `condition` of a recipe sets them.
     """
 
     _supports_gradient_checkpointing = True
@@ -89,6 +107,8 @@ class Masked(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         positions: Literal["learned", "sincos"] = "learned",
+        context_dim: int | None = None,
+        text_length: int | None = None,
     ):
         super().__init__()
         if depth < 1:
@@ -99,8 +119,15 @@ class Masked(ModelMixin, ConfigMixin):
         self.label = LabelEmbedding(num_classes=num_classes, dim=dim)
         Positions = PositionEmbedding if positions == "learned" else SincosPositions
         self.position = Positions(grid=tuple(grid), dim=dim)
+        self.told = Told(dim=dim, context_dim=context_dim, text_length=text_length)
         self.blocks = nn.ModuleList(
-            Block(dim=dim, mixer=make_mixer(dim=dim, layer=i), mlp_ratio=mlp_ratio, dropout=dropout)
+            Block(
+                dim=dim,
+                mixer=make_mixer(dim=dim, layer=i),
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                cross=self.told.attention(),
+            )
             for i in range(depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -141,12 +168,13 @@ class Masked(ModelMixin, ConfigMixin):
             context.enter(0, context.table("num_tokens", lambda: h.shape[1]), B)
             cache = {ATTEND: context.attend}
         c = nn.functional.silu(self.label(cond, B))  # [B, D]
+        told = self.told(cond)
         for i, block in enumerate(self.blocks):
             chosen = positions if i == len(self.blocks) - 1 else None
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                h = self._gradient_checkpointing_func(block, h, c, layout, cache, chosen)
+                h = self._gradient_checkpointing_func(block, h, c, layout, cache, chosen, told)
             else:
-                h = block(h, c, layout, cache, chosen)
+                h = block(h, c, layout, cache, chosen, told)
         logits = self.head(self.norm(h)).unflatten(-1, (Q, -1))  # [B, N, Q, S] or [P, Q, S]
         if positions is not None:
             return logits

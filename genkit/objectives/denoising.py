@@ -5,17 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genkit.interfaces import Cond, Layout
+from genkit.interfaces import Layout
 from genkit.nn.layout import rows_of_one_size, sizes_of
 from genkit.rng import Rng
-
-
-def drop_labels(cond: Cond, probability: float, rng: Rng) -> Cond:
-    """The condition with labels replaced by -1, the null class, each with this probability."""
-    if "label" not in cond:
-        return cond
-    dropped = rng.fork("cond").uniform() < probability  # [B]
-    return {**cond, "label": torch.where(dropped, -1, cond["label"])}
 
 
 def noise_like(target: Tensor, layout: Layout, rng: Rng) -> Tensor:

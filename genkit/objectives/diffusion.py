@@ -11,7 +11,8 @@ from torch import Tensor
 from genkit.errors import UsageError
 from genkit.interfaces import Cond, Layout, Predict
 from genkit.nn.paths import Discrete, Predictor, along
-from genkit.objectives.denoising import drop_labels, noise_like, per_sample
+from genkit.objectives.denoising import noise_like, per_sample
+from genkit.objectives.dropping import drop
 from genkit.rng import Rng
 
 
@@ -57,7 +58,7 @@ class Diffusion:
         noise = noise_like(target, layout, rng)
         alpha, sigma = along(self.path.alpha(t), target), along(self.path.sigma(t), target)
         x_t = alpha * target + sigma * noise
-        out = model(x_t, k, drop_labels(cond, self.cond_drop, rng), layout).float()
+        out = model(x_t, k, drop(cond, self.cond_drop, rng), layout).float()
         return self.errors(out, target, x_t, noise, k, layout)
 
     def errors(

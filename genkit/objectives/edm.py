@@ -10,7 +10,8 @@ from torch import Tensor
 from genkit.errors import UsageError
 from genkit.interfaces import Cond, Layout, Predict
 from genkit.nn.paths import Exploding, Predictor, along
-from genkit.objectives.denoising import drop_labels, noise_like, per_sample
+from genkit.objectives.denoising import noise_like, per_sample
+from genkit.objectives.dropping import drop
 from genkit.rng import Rng
 
 
@@ -51,7 +52,7 @@ class Edm:
         """{"denoising": [B]} for latents target [B, C, *grid]."""
         sigma = (self.log_mean + self.log_std * rng.fork("time").normal().double()).exp()  # [B]
         x_t = target + along(sigma, target) * noise_like(target, layout, rng)
-        x0 = self.denoise(model, x_t, sigma, drop_labels(cond, self.cond_drop, rng), layout)
+        x0 = self.denoise(model, x_t, sigma, drop(cond, self.cond_drop, rng), layout)
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         return {"denoising": weight.float() * per_sample((x0 - target).square(), layout)}
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from genkit.errors import UsageError
 from genkit.interfaces import Cond, Layout, Predict
 from genkit.nn.paths import Predictor, Straight, Trigonometric, along
-from genkit.objectives.denoising import drop_labels, noise_like, per_sample
+from genkit.objectives.denoising import noise_like, per_sample
+from genkit.objectives.dropping import drop
 from genkit.rng import Rng
 
 
@@ -56,7 +57,7 @@ class Flow:
         x_t = along(self.path.alpha(t), target) * target + along(self.path.sigma(t), target) * noise
         d_alpha, d_sigma = self.path.slopes(t)
         velocity = along(d_alpha, target) * target + along(d_sigma, target) * noise
-        found = self.velocity(model, x_t, t, drop_labels(cond, self.cond_drop, rng), layout)
+        found = self.velocity(model, x_t, t, drop(cond, self.cond_drop, rng), layout)
         return {"velocity": per_sample((found.float() - velocity).square(), layout)}
 
     def draw_time(self, rng: Rng) -> Tensor:

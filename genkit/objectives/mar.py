@@ -13,8 +13,8 @@ from genkit.nn.patch import patchify, unpatchify
 from genkit.nn.paths import Predictor
 from genkit.nn.token_head import TokenPredictor
 from genkit.nn.wrapped import unwrapped
-from genkit.objectives.denoising import drop_labels
 from genkit.objectives.diffusion import Diffusion
+from genkit.objectives.dropping import drop
 from genkit.objectives.masking import truncated_normal
 from genkit.rng import Rng
 
@@ -78,7 +78,7 @@ class MAR:
         out = model(
             tokens,
             k,
-            drop_labels(cond, self.cond_drop, rng),
+            drop(cond, self.cond_drop, rng),
             layout,
             None,
             known=~masked,

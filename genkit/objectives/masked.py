@@ -13,6 +13,7 @@ from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout, PredictIds
 from genkit.nn.context import context_of
 from genkit.nn.wrapped import unwrapped
+from genkit.objectives.dropping import drop
 from genkit.objectives.masking import ranks, truncated_normal
 from genkit.rng import Rng
 from genkit.samplers.unmasking import check_schedule, gamma
@@ -86,7 +87,9 @@ class Masked:
                     f"objective.dropped={self.dropped} needs a backbone with an encoder, such as mage; set it to 0"
                 )
             options["dropped"] = rank < math.ceil(self.dropped * masked.shape[1])
-        logits = model(x, None, self.drop(cond, rng), layout, None, positions=positions, **options).float()  # [P, Q, S]
+        logits = model(
+            x, None, drop(cond, self.cond_drop, rng), layout, None, positions=positions, **options
+        ).float()  # [P, Q, S]
 
         answers = target.flatten(2).transpose(1, 2).flatten(0, 1).index_select(0, positions)  # [P, Q]
         nll = cross_entropy(
@@ -114,13 +117,6 @@ class Masked:
         else:
             fraction = gamma(r, self.schedule, num_valid).clamp_min(self.min_masked)
         return (fraction * num_valid).ceil().clamp_min(1).unsqueeze(1)
-
-    def drop(self, cond: Cond, rng: Rng) -> Cond:
-        """The condition with labels replaced by -1, each with probability cond_drop."""
-        if "label" not in cond:
-            return cond
-        dropped = rng.fork("cond").uniform() < self.cond_drop  # [B]
-        return {**cond, "label": torch.where(dropped, -1, cond["label"])}
 
     def predictor(self, model: Any, cond: Cond, layout: Layout) -> PredictIds:
         """(ids, known, cache) -> logits [B, Q, *grid, S] of the model under this condition."""

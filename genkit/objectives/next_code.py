@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout
 from genkit.nn.grain_sequence import GrainSequence
-from genkit.objectives.next_token import check_fractions, check_grid, drop, repeat
+from genkit.objectives.dropping import drop
+from genkit.objectives.next_token import check_fractions, check_grid, repeat
 from genkit.rng import Rng
 
 

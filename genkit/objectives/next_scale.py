@@ -12,7 +12,8 @@ from torch import Tensor
 
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout
-from genkit.objectives.next_token import check_fractions, drop, losses, repeat
+from genkit.objectives.dropping import drop
+from genkit.objectives.next_token import check_fractions, losses, repeat
 from genkit.rng import Rng
 
 

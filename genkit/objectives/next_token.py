@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout
+from genkit.objectives.dropping import drop
 from genkit.rng import Rng
 
 
@@ -80,18 +81,6 @@ def losses(logits: Tensor, answers: Tensor, label_smoothing: float) -> dict[str,
     with torch.no_grad():
         is_right = logits.gather(-1, answers.unsqueeze(-1)).squeeze(-1) >= logits.amax(-1)
     return {"nll": nll.view(answers.shape).mean(1), "_accuracy": is_right.float().mean(1)}
-
-
-def drop(cond: Cond, probability: float, rng: Rng) -> Cond:
-    """The condition with everything of a sample left out with this probability: label -1, a context or text of zeros."""
-    if not cond:
-        return cond
-    dropped = rng.fork("cond").uniform() < probability  # [B]
-    nothing = {"label": -1}
-    return {
-        name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), nothing.get(name, 0), value)
-        for name, value in cond.items()
-    }
 
 
 def repeat(cond: Cond, times: int) -> Cond:

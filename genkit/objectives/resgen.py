@@ -16,7 +16,7 @@ from torch import Tensor
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout
 from genkit.nn.mixture import Mixture, lerp_logits
-from genkit.objectives.denoising import drop_labels
+from genkit.objectives.dropping import drop
 from genkit.rng import Rng
 from genkit.samplers.resgen import deepest
 from genkit.samplers.unmasking import check_schedule, gamma
@@ -61,7 +61,7 @@ class ResGen:
         raw = model(
             known.mT.unflatten(2, grid),
             None,
-            drop_labels(cond, self.cond_drop, rng),
+            drop(cond, self.cond_drop, rng),
             layout,
             None,
             num_known=Q - num_masked,

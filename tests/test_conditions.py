@@ -1,0 +1,315 @@
+"""What generators are told: captions and neighbours, from the recipe to the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from genkit import config, train
+from genkit.cli import main
+from genkit.conditions.captions import Captions, Encoder
+from genkit.conditions.embeddings import Database, Embedding, embedding
+from genkit.conditions.label import Label
+from genkit.conditions.neighbours import FILE, Neighbours
+from genkit.data.fashion import Fashion
+from genkit.errors import GenkitError, UsageError
+from genkit.job import told
+from genkit.metrics import sources
+from genkit.optional import is_installed
+from genkit.pipeline import open_run
+from genkit.rng import Rng
+from tests.tiny import GENERATOR, TOKENIZER
+
+SHORT = {"train.num_samples": 32}
+GPT = {
+    "backbone": {"type": "gpt", "dim": 16, "depth": 1, "multiple_of": 8},
+    "objective": {"type": "next_token"},
+    "sampler": {"type": "autoregressive", "guidance": 2.0},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Runs of a few steps: told captions, neighbours, labels. What they draw hangs on what they are told, as their heads are not left at 0."""
+    folder = tmp_path_factory.mktemp("conditions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(TOKENIZER, SHORT)
+        train(GENERATOR | {"name": "label"}, SHORT)
+        train(GENERATOR | {"name": "captions", "condition": {"type": "captions", "length": 12}}, SHORT)
+        train(GENERATOR | GPT | {"name": "neighbours", "condition": {"type": "neighbours", "k": 3}}, SHORT)
+    return folder
+
+
+@pytest.fixture
+def here(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    return runs
+
+
+def lively(run: str) -> Any:
+    """The pipeline of a run whose network listens: a few steps have not taught it to."""
+    pipe = open_run(f"runs/{run}")
+    torch.manual_seed(1)
+    for parameter in pipe.backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return pipe
+
+
+def told_error(capsys, *words: str) -> str:
+    assert main(list(words)) == 2, capsys.readouterr()
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+# Databases
+
+
+def test_neighbours_are_those_of_brute_force_without_the_query_itself():
+    generator = torch.Generator().manual_seed(0)
+    vectors, queries = torch.randn(50, 6, generator=generator), torch.randn(7, 6, generator=generator)
+    database = Database(vectors, torch.arange(50) % 5)
+    similarity = torch.nn.functional.cosine_similarity(queries[:, None], vectors[None], dim=-1)
+    assert torch.equal(database.search(queries, 4), similarity.topk(4).indices)
+    itself = torch.arange(50)
+    found = database.search(vectors, 3, omit=itself)
+    assert (found != itself[:, None]).all()
+    assert torch.equal(found, database.search(vectors, 4)[:, 1:])
+    assert set((database.of_classes([1, 3]).labels).tolist()) == {1, 3}
+    if is_installed("faiss"):
+        assert torch.equal(Database(vectors, index="faiss").search(queries, 4), similarity.topk(4).indices)
+
+
+def test_queries_are_drawn_by_class_and_by_how_often_they_are_neighbours():
+    database = Database(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3)
+    labels = torch.tensor([0, 1, 2, -1] * 10)
+    rows = database.draw(Rng.at(0, 0, 40), labels)
+    assert torch.equal(rows[labels >= 0] % 3, labels[labels >= 0])
+    parts = [database.draw(Rng.at(0, i, 1), labels[i : i + 1]) for i in range(40)]
+    assert torch.equal(torch.cat(parts), rows), "a draw depends on its own stream alone"
+    often = database.search(database.vectors, 2, torch.arange(60)).flatten().bincount(minlength=60)
+    chosen = database.draw(Rng.at(1, 0, 200), torch.full((200,), -1), share=0.1, k=2).unique()
+    assert len(chosen) <= 6
+    assert often[chosen].min() >= often.sort(descending=True).values[5]
+
+
+def test_a_database_is_written_and_read(tmp_path):
+    database = Database(torch.randn(5, 3), torch.arange(5), ("a", "b"), "x 1")
+    database.save(tmp_path / "d.safetensors")
+    again = Database.load(tmp_path / "d.safetensors")
+    assert torch.equal(again.vectors, database.vectors)
+    assert torch.equal(again.labels, database.labels)
+    assert (again.class_names, again.made_by) == (("a", "b"), "x 1")
+    (tmp_path / "e.safetensors").write_bytes(b"nothing")
+    with pytest.raises(GenkitError, match="is no database of neighbours"):
+        Database.load(tmp_path / "e.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Database(torch.zeros(0, 6)), "the database of neighbours is empty"),
+        (lambda: Database(torch.ones(3, 6)).search(torch.ones(2, 6), 4), "4 neighbours of a database of 3 entries"),
+        (lambda: Database(torch.ones(3, 6)).search(torch.ones(2, 6), 3, torch.tensor([0, 1])), "between 1 and 2"),
+        (lambda: Database(torch.ones(3, 6)).search(torch.ones(2, 6), 0), "0 neighbours"),
+        (lambda: Database(torch.ones(3, 6)).search(torch.ones(2, 5), 1), "both must come from one embedding"),
+        (lambda: Database(torch.ones(3, 6)).of_classes([1]), "no classes to choose by"),
+        (lambda: Database(torch.ones(3, 6)).draw(Rng.at(0, 0, 1), torch.tensor([1])), "no classes to choose by"),
+        (lambda: Database(torch.ones(3, 6), torch.tensor([0, 1, 1])).of_classes([7]), "is empty"),
+        (
+            lambda: Database(torch.ones(2, 6), torch.tensor([0, 1]), ("cat", "dog", "bird")).draw(
+                Rng.at(0, 0, 1), torch.tensor([2])
+            ),
+            "no entry of class bird; it has cat, dog",
+        ),
+        (lambda: Neighbours(k=0), "condition.k=0"),
+        (lambda: Neighbours(share=0.0), "condition.share=0.0"),
+        (lambda: embedding("clip", tokenizer=None, grid=(7, 7), cells=2), "condition.embedding=clip: known: clip-vit"),
+        (lambda: Captions(length=0), "condition.length=0"),
+        (lambda: Captions(files=True), "data.type=folder has alone"),
+        (lambda: Captions(encoder="no/such/folder"), "is no text encoder that transformers can open"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+# Captions
+
+
+def test_captions_are_the_names_of_emoji_or_of_classes():
+    said = Captions(length=16, class_names=("faces", "coat"))
+    batch = {"key": ["1F600 grinning face", "train/17", "x"], "label": torch.tensor([0, 1, -1])}
+    text = said.of_batch(batch)["text"]
+    assert [bytes(row[row > 0].tolist()).decode() for row in text] == ["grinning face", "coat", ""]
+
+
+def test_captions_of_a_folder_lie_beside_its_images(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.txt").write_text("a red hat\n")
+    said = Captions(files=True, data={"type": "folder", "path": str(tmp_path)}, class_names=("a",))
+    assert said.caption("a/1.jpg", 0) == "a red hat"
+    with pytest.raises(UsageError, match="needs a text file beside every image"):
+        said.caption("a/2.jpg", 0)
+
+
+def test_a_text_encoder_of_transformers_is_attended_to(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "hat"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **shape)).eval()
+    model.save_pretrained(tmp_path)
+    said = Captions(encoder=str(tmp_path), length=6, class_names=("red hat", "hat"))
+    assert said.takes == {"num_classes": 0, "context_dim": 8}
+    labels = torch.tensor([0, 1, -1])
+    context = said.of_request(labels, Rng.at(0, 0, 3))["context"]
+    given = said.encoder.tokenizer(["red hat"], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(context[0, :4], model(**given).last_hidden_state[0], atol=1e-5, rtol=1e-5)
+    assert (context[0, 4:] == 0).all()
+    assert (context[2] == 0).all(), "no caption is nothing"
+    encoder = Encoder(str(tmp_path), 6)
+    torch.testing.assert_close(encoder(["hat", "red hat"])[1], context[0], atol=1e-6, rtol=0)
+
+
+# Recipes
+
+
+def test_the_backbone_follows_from_the_condition():
+    recipe = config.check(GENERATOR | {"name": "x", "condition": {"type": "captions", "length": 5}})
+    assert told(recipe, {"num_classes": 0, "text_length": 5})["text_length"] == 5
+    recipe["backbone"]["text_length"] = 7
+    with pytest.raises(UsageError, match=r"backbone\.text_length=7, but condition\.type=captions gives 5"):
+        told(recipe, {"text_length": 5})
+    recipe["backbone"] = {"type": "bert"}
+    with pytest.raises(UsageError, match=r"needs a backbone with text_length, and bert has none; .*gpt, masked"):
+        told(recipe, {"text_length": 5})
+    with pytest.raises(UsageError, match="a tokenizer is told nothing"):
+        config.check(TOKENIZER | {"condition": {"type": "label"}})
+
+
+def test_what_is_asked_must_be_what_it_was_trained_on():
+    labels, rng = torch.tensor([0]), Rng.at(0, 0, 1)
+    with pytest.raises(UsageError, match="trained on classes alone"):
+        Label().of_request(labels, rng, texts=["x"])
+    with pytest.raises(UsageError, match="trained on classes alone"):
+        Label().of_request(labels, rng, database=1)
+    with pytest.raises(UsageError, match="trained on captions"):
+        Captions().of_request(labels, rng, database=1)
+    with pytest.raises(UsageError, match="trained on neighbours"):
+        Neighbours().of_request(labels, rng, texts=["x"])
+
+
+# Whole lines
+
+
+def test_captions_from_the_command_line(here, capsys):
+    assert main(["sample", "runs/captions", "--caption", "a bag", "--caption", "a coat", "-n", "3", "-q"]) == 0
+    rows = json.loads((here / "runs/captions/samples/seed-0-captions/samples.json").read_text())["samples"]
+    assert [row["caption"] for row in rows] == ["a bag", "a coat", "a bag"]
+    error = told_error(capsys, "sample", "runs/label", "--caption", "a bag", "-q", "-o", "out/label")
+    assert "trained on classes alone" in error
+    error = told_error(capsys, "sample", "runs/captions", "--caption", "a bag", "--labels", "2", "-q")
+    assert "--caption and --labels both say what to draw" in error
+    pipe = lively("captions")
+    labels = torch.tensor([7, 8, -1])
+    names = [pipe.class_names[7], pipe.class_names[8], ""]
+    by_label = pipe.generate(labels, [1, 2, 3])
+    assert torch.equal(pipe.generate(torch.full((3,), -1), [1, 2, 3], texts=names), by_label)
+    assert not torch.equal(pipe.generate(labels, [1, 2, 3], texts=["a dress"] * 3), by_label)
+    with pytest.raises(UsageError, match="1 captions for 3 samples"):
+        pipe.generate(labels, [1, 2, 3], texts=["a dress"])
+
+
+def test_a_generator_is_told_neighbours_of_training_images_but_never_the_image_itself(here):
+    run = open_run("runs/neighbours")
+    assert run.backbone.config["context_dim"] == 32
+    assert run.backbone.config["num_classes"] == 0
+    database = Database.load(here / "runs/neighbours" / FILE)
+    assert (len(database), database.class_names) == (9000, Fashion(source="embedded").info.class_names)
+    images = sources.from_spec(TOKENIZER["data"], "train")
+    x, _ = images.read(5, 8)
+    torch.testing.assert_close(run.told.embed(x), database.vectors[5:8], atol=1e-5, rtol=1e-5)
+    run.told.prepare(9000)
+    context = run.told.of_batch({"index": torch.tensor([5, 6]), "label": torch.tensor([0, 0])})["context"]
+    assert context.shape == (2, 3, 32)
+    assert (context != database.vectors[5:7, None]).any(-1).all()
+    with pytest.raises(UsageError, match="8999 images are trained on"):
+        run.told.prepare(8999)
+
+
+def test_a_database_is_swapped_after_training(here, capsys):
+    pipe = lively("neighbours")
+    labels, seeds = torch.tensor([8, 8, 1]), [1, 2, 3]
+    own = pipe.generate(labels, seeds)
+    torch.testing.assert_close(pipe.generate(labels[1:2], seeds[1:2]), own[1:2], atol=1e-4, rtol=0)  # in any batch
+    bags = pipe.told.open("fashion:val").of_classes([8])
+    assert not torch.equal(pipe.generate(labels[:2], seeds[:2], database=bags), own[:2])
+    with pytest.raises(UsageError, match="no entry of class trouser; it has bag"):
+        pipe.generate(labels, seeds, database=bags)
+    # The same from the command line, by a folder, by a word and by a file of embeddings.
+    for name in ("cat", "dog"):
+        (here / "pets" / name).mkdir(parents=True, exist_ok=True)
+        for i in range(3):
+            pixels = np.random.default_rng(i).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(here / "pets" / name / f"{i}.png")
+    assert main(["sample", "runs/neighbours", "--database", "pets", "-n", "4", "-q"]) == 0
+    rows = json.loads((here / "runs/neighbours/samples/seed-0-pets/samples.json").read_text())["samples"]
+    assert [row["class"] for row in rows] == ["cat", "dog", "cat", "dog"]
+    assert main(["database", "runs/neighbours", "fashion:val", "--classes", "bag,coat", "-o", "two.safetensors"]) == 0
+    assert main(["sample", "runs/neighbours", "--database", "two.safetensors", "--labels", "coat", "-q"]) == 0
+    capsys.readouterr()
+
+
+def test_databases_that_do_not_fit_are_one_error(here, capsys, tmp_path):
+    sample = ("sample", "runs/neighbours", "-q", "-o", str(tmp_path / "out"), "--database")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in told_error(capsys, *sample, str(tmp_path / "empty"))
+    Database(torch.ones(5, 7), made_by="x").save(tmp_path / "wide.safetensors")
+    error = told_error(capsys, *sample, str(tmp_path / "wide.safetensors"))
+    assert "holds embeddings of 7 numbers, this generator is conditioned on 32" in error
+    Database(torch.ones(5, 32), made_by="x").save(tmp_path / "other.safetensors")
+    assert "was made by another embedding (x)" in told_error(capsys, *sample, str(tmp_path / "other.safetensors"))
+    assert "the database of neighbours is empty" in told_error(
+        capsys, *sample, str(empty_file(tmp_path / "none.safetensors"))
+    )
+    np.savez(tmp_path / "rgb.npz", arr_0=np.zeros((9, 32, 32, 3), np.uint8))
+    assert "bring them to the same size and channels" in told_error(capsys, *sample, str(tmp_path / "rgb.npz"))
+    assert "is neither a folder" in told_error(capsys, *sample, "fashin")
+    assert "for generators that are told neighbours" in told_error(
+        capsys, "sample", "runs/label", "--database", "fashion:val", "-q"
+    )
+    assert "3 neighbours of a database of 3 entries" in told_error(
+        capsys, *sample, str(few(tmp_path / "few.safetensors")), "--labels", "-1"
+    )
+
+
+def empty_file(path: Path) -> Path:
+    from safetensors.torch import save_file
+
+    save_file({"vectors": torch.zeros(0, 32)}, path, {"made_by": open_run("runs/neighbours").told.embed.name})
+    return path
+
+
+def few(path: Path) -> Path:
+    name = open_run("runs/neighbours").told.embed.name
+    Database(torch.randn(3, 32), made_by=name).save(path)
+    return path
+
+
+def test_an_embedding_is_any_feature_net():
+    found = embedding("fashion-cnn", tokenizer=None, grid=(7, 7), cells=2)
+    assert found.name.startswith("fashion-cnn-v1 ")
+    assert found(torch.zeros(2, 1, 28, 28)).shape == (2, found.dim) == (2, 128)
+    assert Embedding("x", 3, lambda x: x.double())(torch.zeros(1, 3)).dtype == torch.float32
