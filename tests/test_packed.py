@@ -23,7 +23,7 @@ def needed():
         pytest.skip("this torch has no such operations")
 
 
-@pytest.mark.parametrize("shape", [(64, 20), (3, 40, 20), (2, 5, 33, 20)])
+@pytest.mark.parametrize("shape", [(64, 20), (1, 20), (0, 20), (3, 40, 20), (2, 5, 33, 20)])
 def test_results_are_the_same_to_rounding(needed, shape):
     net, x = network(), torch.randn(*shape)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_weights_may_change_between_two_blocks(needed):
             torch.testing.assert_close(net(x), plain, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("change", [lambda x: x[:63], lambda x: x.double(), lambda x: x.bfloat16()])
+@pytest.mark.parametrize("change", [lambda x: x.double(), lambda x: x.bfloat16()])
 def test_where_the_path_is_closed_everything_is_as_always(change):
     net, x = network(), change(torch.randn(64, 20))
     net = net.to(x.dtype)

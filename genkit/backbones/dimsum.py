@@ -20,7 +20,7 @@ from torch import Tensor, addcmul, nn
 from genkit.errors import UsageError
 from genkit.interfaces import ATTEND, BLOCKS, Cache, Cond, Layout
 from genkit.mixers.attention import Attention
-from genkit.mixers.linear_map import Projection
+from genkit.nn.linear_map import Projection
 from genkit.mixers.mamba import Mamba, SelectiveScan
 from genkit.nn.adaln import AdaLNBlock, AdaLNHead, init_zero
 from genkit.nn.attend import attend

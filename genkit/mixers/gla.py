@@ -12,7 +12,7 @@ from genkit.errors import UsageError
 from genkit.interfaces import Cache, Layout
 from genkit.kernels.gla.op import gla
 from genkit.mixers.grids import width_per_head
-from genkit.mixers.linear_map import Projection
+from genkit.nn.linear_map import Projection
 from genkit.nn.norm import RMSNorm
 
 

@@ -12,7 +12,7 @@ from genkit.errors import UsageError
 from genkit.interfaces import Cache, Layout
 from genkit.kernels.lightnet.op import lightnet
 from genkit.mixers.grids import dense_grid, width_per_head
-from genkit.mixers.linear_map import Projection
+from genkit.nn.linear_map import Projection
 from genkit.nn.lrpe import FLAVOURS, lrpe_angles, lrpe_factors
 from genkit.nn.norm import RMSNorm
 from genkit.nn.tpe import ToeplitzPositions

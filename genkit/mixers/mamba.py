@@ -14,7 +14,7 @@ from genkit.interfaces import Cache, Layout
 from genkit.kernels.causal_conv1d.op import causal_conv1d
 from genkit.kernels.selective_scan.op import selective_scan
 from genkit.mixers.grids import dense_grid, refuse_padding
-from genkit.mixers.linear_map import Projection
+from genkit.nn.linear_map import Projection
 from genkit.nn.scan_orders import scan_order, schedule
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 from genkit.interfaces import Cache, Layout
 from genkit.kernels.retention.causal import retention
 from genkit.mixers.grids import width_per_head
-from genkit.mixers.linear_map import Projection
+from genkit.nn.linear_map import Projection
 from genkit.nn.norm import RMSNorm
 from genkit.nn.rope import rope_table, rotate
 

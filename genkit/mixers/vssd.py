@@ -10,7 +10,7 @@ from genkit.errors import UsageError
 from genkit.interfaces import Cache, Layout
 from genkit.kernels.vssd.op import vssd
 from genkit.mixers.grids import dense_grid, depthwise, spatially, width_per_head
-from genkit.mixers.linear_map import Projection
+from genkit.nn.linear_map import Projection
 from genkit.mixers.mamba import step_bias
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from genkit.nn.linear_map import Projection
 from genkit.nn.mlp import MLP
 
-_ROWS = 64  # with fewer the weights are only read once, and nothing is gained
+_ROWS = 64  # of training: with fewer the copy of the weights for the gradient costs more than is gained
 
 
 @contextmanager
@@ -26,7 +28,7 @@ def packed(*networks: Any) -> Iterator[None]:
     They do wherever it is open: without gradients, in float32 on a CPU with oneDNN. Elsewhere everything is as always. Takes as much memory again as the
     weights that are used.
     """
-    with _replaced(networks, {nn.Linear: Packed, MLP: PackedMLP}):
+    with _replaced(networks, {nn.Linear: Packed, Projection: Packed, MLP: PackedMLP}):
         yield
 
 
@@ -57,19 +59,19 @@ def _replaced(networks: tuple[Any, ...], makers: dict[type, Callable[[Any], Any]
 class Packed:
     """A linear layer, and after it a GELU where there is one. Its weights are laid out when first used."""
 
-    def __init__(self, layer: nn.Linear, act: nn.GELU | None = None):
-        self.layer, self.act = layer, act
+    def __init__(self, layer: nn.Linear | Projection, act: nn.GELU | None = None):
+        self.layer, self.bias, self.act = layer, layer.bias if isinstance(layer, nn.Linear) else None, act
         self.weight: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        layer, act = self.layer, self.act
-        if torch.is_grad_enabled() or not _is_open(x, layer.weight):
-            out = nn.Linear.forward(layer, x)
+        weight, act = self.layer.weight, self.act
+        if torch.is_grad_enabled() or not _is_open(x, weight):
+            out = linear(x, weight, self.bias)
             return out if act is None else act(out)
         if self.weight is None:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 2 * _ROWS)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
         after, algorithm = ("none", "") if act is None else ("gelu", act.approximate)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, layer.bias, after, [], algorithm)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, after, [], algorithm)
 
 
 class PackedMLP:
@@ -89,7 +91,7 @@ class Multiplied:
         self.layer = layer
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not _is_open(x, self.layer.weight):
+        if x.numel() < _ROWS * x.shape[-1] or not _is_open(x, self.layer.weight):
             return nn.Linear.forward(self.layer, x)
         return Product.apply(x, self.layer.weight, self.layer.bias)
 
@@ -122,7 +124,6 @@ def _is_open(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() >= _ROWS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
     )
 
