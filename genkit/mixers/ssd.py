@@ -13,8 +13,8 @@ from genkit.interfaces import Cache, Layout
 from genkit.kernels.causal_conv1d.op import causal_conv1d
 from genkit.kernels.ssd.op import ssd
 from genkit.mixers.grids import dense_grid, refuse_padding
-from genkit.nn.linear_map import Projection
 from genkit.mixers.mamba import step_bias
+from genkit.nn.linear_map import Projection
 from genkit.nn.norm import RMSNorm
 from genkit.nn.scan_orders import scan_order, schedule
 

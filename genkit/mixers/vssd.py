@@ -10,8 +10,8 @@ from genkit.errors import UsageError
 from genkit.interfaces import Cache, Layout
 from genkit.kernels.vssd.op import vssd
 from genkit.mixers.grids import dense_grid, depthwise, spatially, width_per_head
-from genkit.nn.linear_map import Projection
 from genkit.mixers.mamba import step_bias
+from genkit.nn.linear_map import Projection
 
 
 class VSSD(nn.Module):
