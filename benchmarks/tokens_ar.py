@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,23 +24,33 @@ BASE = 10000.0
 def cases(quick: bool) -> Iterable[Case]:
     """Sampling from all of the distribution, no guidance, keys and values kept on both sides.
 
-    The peer's "static" cache is set aside ahead, as ours is; its default, "dynamic", is copied at every step.
+    The peer's "static" cache is set aside ahead, as ours is; its default, "dynamic", is copied at every step. We meet the faster of the two: a full case
+    takes minutes.
     """
-    length = 128 if quick else 1024
+    length = 64 if quick else 1024
     network = gpt()
     try:
         peer_name, peer = f"transformers {_version()} LlamaForCausalLM.generate", llama_of(network)
     except ImportError:
         peer_name, peer = "transformers LlamaForCausalLM.generate", None
     for batch, goal in ((1, 2.0), (16, 1.3)):
-        for kind in ("dynamic", "static"):
-            name = f"{length} ids, batch {batch}, {DEPTH}x{DIM}, {CODES} codes"
-            theirs: Callable[[], Any] | str = (
-                "not installed"
-                if peer is None
-                else generate(peer, batch, length, do_sample=True, static=kind == "static")
-            )
-            yield Case(name, f"{peer_name}, {kind} cache", goal, sample(network, batch, length), theirs)
+        name = f"{length} ids, batch {batch}, {DEPTH}x{DIM}, {CODES} codes"
+        theirs: Callable[[], Any] | str = "not installed"
+        kind = "dynamic or static"
+        if peer is not None:
+            kind = faster(peer, batch, min(length, 256))
+            theirs = generate(peer, batch, length, do_sample=True, static=kind == "static")
+        yield Case(name, f"{peer_name}, {kind} cache", goal, sample(network, batch, length), theirs)
+
+
+def faster(peer: Any, batch: int, length: int) -> str:
+    """The kind of cache with which the peer draws so many ids in less time, of two tries each."""
+    seconds: dict[str, float] = {}
+    for kind in ("dynamic", "static", "static", "dynamic"):
+        started = time.perf_counter()
+        generate(peer, batch, length, do_sample=True, static=kind == "static")()
+        seconds[kind] = min(seconds.get(kind, math.inf), time.perf_counter() - started)
+    return min(seconds, key=lambda kind: seconds[kind])
 
 
 def _version() -> str:
