@@ -150,6 +150,17 @@ def test_pooling_padding_and_norm_equal_ocnn():
     torch.testing.assert_close(norm(x, octree.samples(5), 3), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_the_norm():
+    norm, samples = OctreeGroupNorm(8, 2).double(), torch.tensor([0, 2, 0, 0, 2, 0])
+    x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    torch.nn.init.normal_(norm.weight)
+
+    def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x, samples, 3))
+
+    assert torch.autograd.gradcheck(call, (x, norm.weight, norm.bias))
+
+
 def test_search_finds_every_node_and_nothing_else():
     octree = batch(5)
     for d in (2, 5):

@@ -19,7 +19,7 @@ from genkit.meshes.mesh import Mesh, inspect
 from genkit.nn.dual_graph import Down, GraphConv, Up
 from genkit.objectives.shape_reconstruction import ShapeReconstruction
 from genkit.octree import build
-from genkit.octree.graph import DIRECTIONS, DualGraph, dual_graph
+from genkit.octree.graph import DIRECTIONS, EDGES, DualGraph, dual_graph
 from genkit.octree.octree import Octree
 from genkit.octree.partition import around, blend, blend_with_gradient
 from genkit.octree.tokens import samples_of
@@ -62,9 +62,11 @@ def octree(depth: int = 5) -> Octree:
 
 
 def edges(graph: DualGraph) -> set[tuple[int, int, int]]:
-    node, face = (graph.one >= 0).nonzero(as_tuple=True)
-    single = zip(node.tolist(), face.tolist(), graph.one[node, face].tolist(), strict=True)
-    many = ((slot // DIRECTIONS, slot % DIRECTIONS, j) for slot, j in zip(*graph.many.tolist(), strict=True))
+    rows = graph.rows.view(len(graph), EDGES)
+    assert torch.equal(rows[:, DIRECTIONS], torch.arange(len(graph)))
+    node, face = (rows[:, :DIRECTIONS] < len(graph)).nonzero(as_tuple=True)
+    single = zip(node.tolist(), face.tolist(), rows[node, face].tolist(), strict=True)
+    many = ((slot // EDGES, slot % EDGES, j) for slot, j in zip(*graph.many.tolist(), strict=True))
     return {*single, *many}
 
 

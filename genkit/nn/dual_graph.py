@@ -14,11 +14,9 @@ from torch.nn.functional import one_hot
 from torch.utils.checkpoint import checkpoint
 
 from genkit.nn.octree_conv import OctreeGroupNorm
-from genkit.octree.graph import DIRECTIONS, DualGraph
+from genkit.octree.graph import EDGES, DualGraph
 from genkit.octree.octree import Octree
-from genkit.octree.values import gather
 
-_EDGES = DIRECTIONS + 1  # and itself
 _GROUPS = 32
 
 
@@ -32,8 +30,8 @@ class GraphConv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_depths: int):
         super().__init__()
         self.num_depths = num_depths if num_depths > 1 else 0
-        self.weight = nn.Parameter(torch.empty(_EDGES * (in_channels + self.num_depths), out_channels))
-        reach = math.sqrt(6 / (_EDGES * (in_channels + out_channels)))
+        self.weight = nn.Parameter(torch.empty(EDGES * (in_channels + self.num_depths), out_channels))
+        reach = math.sqrt(6 / (EDGES * (in_channels + out_channels)))
         nn.init.uniform_(self.weight, -reach, reach)
 
     def forward(self, x: Tensor, graph: DualGraph) -> Tensor:
@@ -43,13 +41,17 @@ class GraphConv(nn.Module):
 
 
 class _GraphConvolve(torch.autograd.Function):
-    """Columns are gathered again for the gradient and never kept. Edges are mutual: j across face f of i has i across the opposite face."""
+    """Columns are gathered again for the gradient and never kept.
+
+    Edges are mutual: j across face f of i has i across the opposite face. The gradient of x is a convolution of dy as well, with the faces turned around;
+    only the shares of a mean are those of the other end.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, graph: DualGraph) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.graph = graph
-        return _columns(x, graph).flatten(1) @ weight
+        return _columns(x, graph) @ weight
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -57,29 +59,27 @@ class _GraphConvolve(torch.autograd.Function):
         graph: DualGraph = ctx.graph
         dx = dweight = None
         if ctx.needs_input_grad[1]:
-            dweight = _columns(x, graph).flatten(1).T @ dy
+            dweight = _columns(x, graph).T @ dy
         if ctx.needs_input_grad[0]:
-            columns = (dy @ weight.T).unflatten(1, (_EDGES, -1))  # [N, 7, C]
-            faces = columns[:, :DIRECTIONS].flatten(0, 1) / graph.count[:, None]  # [N * 6, C]
-            back = torch.where(graph.one < 0, -1, graph.one * DIRECTIONS + _opposite(dy.device))
-            slot, target = graph.many
-            several = faces.index_select(0, target * DIRECTIONS + (slot % DIRECTIONS ^ 1))
-            dx = (columns[:, DIRECTIONS] + gather(faces, back).sum(1)).index_add_(0, slot // DIRECTIONS, several)
+            turned = weight.unflatten(0, (EDGES, -1)).mT[_OPPOSITE]  # [7, C_out, C_in]
+            dx = _columns(dy, graph, is_back=True) @ turned.flatten(0, 1)
         return dx, dweight, None
 
 
-def _columns(x: Tensor, graph: DualGraph) -> Tensor:
-    """[N, 7, C]: means over the neighbours across each face, then the vertex itself."""
-    faces = gather(x, graph.one)
+_OPPOSITE = [1, 0, 3, 2, 5, 4, 6]
+
+
+def _columns(x: Tensor, graph: DualGraph, is_back: bool = False) -> Tensor:
+    """[N, 7 C]: means over the neighbours across each face, then the vertex itself; is_back: sums of what each had to give to the mean of the other end."""
+    beside = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    columns = beside.index_select(0, graph.rows)  # [N * 7, C]
     slot, target = graph.many
     if len(slot):
-        several = x.index_select(0, target) / graph.count[slot][:, None]
-        faces = faces.flatten(0, 1).index_add_(0, slot, several).view(len(x), DIRECTIONS, -1)
-    return torch.cat([faces, x[:, None]], 1)
-
-
-def _opposite(device: torch.device) -> Tensor:
-    return torch.arange(DIRECTIONS, device=device) ^ 1
+        several = x.index_select(0, target)
+        columns.index_add_(0, slot, several if is_back else several.mul_(graph.share))
+    if is_back and len(graph.coarse):
+        columns[graph.coarse] *= graph.share_of_coarse
+    return columns.view(len(x), -1)
 
 
 class GraphNorm(nn.Module):

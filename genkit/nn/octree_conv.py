@@ -128,13 +128,51 @@ class OctreeGroupNorm(nn.Module):
 
     def forward(self, x: Tensor, samples: Tensor, batch_size: int) -> Tensor:
         """x [M, C] of nodes that belong to `samples` [M] in 0 .. batch_size - 1."""
-        count = torch.bincount(samples, minlength=batch_size).to(x.dtype)[:, None] * (x.shape[1] // self.groups)
+        return _Normalise.apply(x, self.weight, self.bias, samples, batch_size, self.groups, self.eps)
 
-        def mean(values: Tensor) -> Tensor:
-            total = values.new_zeros(batch_size, self.groups)
-            total = total.index_add(0, samples, values.unflatten(1, (self.groups, -1)).sum(2))
-            return (total / (count + self.eps)).repeat_interleave(x.shape[1] // self.groups, 1)
 
-        y = x - mean(x).index_select(0, samples)
-        scale = (mean(y.square()) + self.eps).rsqrt() * self.weight
-        return torch.addcmul(self.bias, y, scale.index_select(0, samples))
+class _Normalise(torch.autograd.Function):
+    """Group norm with its gradient in closed form: one tensor of the size of x is kept, and nothing of that size is made twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        samples: Tensor,
+        batch_size: int,
+        groups: int,
+        eps: float,
+    ) -> Tensor:
+        count = torch.bincount(samples, minlength=batch_size).to(x.dtype)[:, None] * (x.shape[1] // groups) + eps
+        mean = _mean_of_groups(_sum_of_samples(x, samples, batch_size), count, groups)
+        y = x - mean.index_select(0, samples)
+        square = _mean_of_groups(_sum_of_samples(y.square(), samples, batch_size), count, groups)
+        scale = (square + eps).rsqrt()
+        y *= scale.index_select(0, samples)
+        ctx.save_for_backward(y, weight, samples, scale, count)
+        ctx.groups = groups
+        return torch.addcmul(bias, y, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, samples, scale, count = ctx.saved_tensors
+        total = _sum_of_samples(dy, samples, len(count))  # [B, C]
+        along = _sum_of_samples(dy * y, samples, len(count))
+        mean = _mean_of_groups(total * weight, count, ctx.groups) * scale
+        slope = _mean_of_groups(along * weight, count, ctx.groups) * scale
+        dx = dy * (weight * scale).index_select(0, samples) - mean.index_select(0, samples)
+        dx.addcmul_(y, slope.index_select(0, samples), value=-1)
+        return dx, along.sum(0), total.sum(0), None, None, None, None
+
+
+def _sum_of_samples(x: Tensor, samples: Tensor, batch_size: int) -> Tensor:
+    """[M, C] -> [B, C]."""
+    return x.new_zeros(batch_size, x.shape[1]).index_add_(0, samples, x)
+
+
+def _mean_of_groups(total: Tensor, count: Tensor, groups: int) -> Tensor:
+    """Sums [B, C] -> means over the channels of each group, one for every channel [B, C]."""
+    size = total.shape[1] // groups
+    return (total.unflatten(1, (groups, size)).sum(2) / count).repeat_interleave(size, 1)

@@ -15,6 +15,7 @@ from genkit.octree.octree import Octree
 
 # Directions of a face: +z, -z, +y, -y, +x, -x; a direction's opposite is its number with the last bit turned.
 DIRECTIONS = 6
+EDGES = DIRECTIONS + 1  # and itself
 # Of a node's 3x3x3 neighbourhood, dz fastest.
 _FACES = (14, 12, 16, 10, 22, 4)
 
@@ -27,9 +28,11 @@ class DualGraph:
         depth: the deepest one.
         samples: [N] int64.
         depths: [N] int64, from full_depth on.
-        one: [N, 6] int64, the neighbour across a face where there is exactly one, or -1.
-        many: [2, E] int64: (vertex * 6 + direction, neighbour) of faces that several finer vertices share; count [N * 6] says how many.
-        count: [N * 6] float, neighbours across a face, at least 1.
+        rows: [N * 7] int64: of every vertex the neighbour across each of its six faces where there is exactly one, else N, and then itself.
+        many: [2, E] int64: (vertex * 7 + direction, neighbour) of faces that several finer vertices share.
+        share: [E, 1] float, one divided by the number of neighbours across that face.
+        coarse: [K] int64, places in `rows` of faces whose one neighbour is larger and shares its own face with others.
+        share_of_coarse: [K, 1] float, one divided by the number of neighbours it has there.
         is_vertex: [T] bool: which of all nodes of the depths full_depth .. depth are vertices.
     """
 
@@ -37,9 +40,11 @@ class DualGraph:
     batch_size: int
     samples: Tensor
     depths: Tensor
-    one: Tensor
+    rows: Tensor
     many: Tensor
-    count: Tensor
+    share: Tensor
+    coarse: Tensor
+    share_of_coarse: Tensor
     is_vertex: Tensor
     num_leaves: int  # vertices above `depth`; the nodes of `depth` come behind them
 
@@ -90,13 +95,16 @@ def dual_graph(octree: Octree, depth: int) -> DualGraph:
         sources.append(a)
         directions.append(face)
         targets.append(b)
-    slot = torch.cat(sources) * DIRECTIONS + torch.cat(directions)
-    target = torch.cat(targets)
-    total = int(flat.sum())
-    count = torch.bincount(slot, minlength=total * DIRECTIONS)
-    is_single = count[slot] == 1
-    one = torch.full((total * DIRECTIONS,), -1, dtype=torch.int64, device=octree.device)
-    one[slot[is_single]] = target[is_single]
+    source, direction, target = torch.cat(sources), torch.cat(directions), torch.cat(targets)
+    slot, total = source * EDGES + direction, int(flat.sum())
+    count = torch.bincount(slot, minlength=total * EDGES)
+    is_single = count.index_select(0, slot) == 1
+    rows = torch.full((total * EDGES,), total, dtype=torch.int64, device=octree.device)
+    rows[slot[is_single]] = target[is_single]
+    rows[DIRECTIONS::EDGES] = torch.arange(total, device=octree.device)
+    shared = count.index_select(0, target * EDGES + (direction ^ 1))  # neighbours on the other side of the same face
+    several = (~is_single).nonzero().squeeze(1)
+    coarse = (shared > 1).nonzero().squeeze(1)
     all_depths = torch.cat([torch.full_like(octree.keys[d], d - first) for d in range(first, depth + 1)])
     all_samples = torch.cat([octree.samples(d) for d in range(first, depth + 1)])
     return DualGraph(
@@ -104,9 +112,11 @@ def dual_graph(octree: Octree, depth: int) -> DualGraph:
         octree.batch_size,
         all_samples[flat],
         all_depths[flat],
-        one.view(total, DIRECTIONS),
-        torch.stack([slot[~is_single], target[~is_single]]),
-        count.clamp_min(1).float(),
+        rows,
+        torch.stack([slot, target]).index_select(1, several),
+        1 / count[slot[several], None].float(),
+        slot[coarse],
+        1 / shared[coarse, None].float(),
         flat,
         total - octree.count(depth),
     )

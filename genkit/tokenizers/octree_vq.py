@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -27,13 +28,12 @@ from genkit.octree.graph import dual_graph
 from genkit.octree.octree import Octree
 from genkit.octree.partition import around, blend, blend_with_gradient
 from genkit.octree.tokens import OctreeTokens, splits_of
-from genkit.octree.values import input_features
+from genkit.octree.values import input_features, pad
 
 FEATURES = {"N": 3, "D": 1, "L": 3, "P": 3}
 BOX = 0.9  # half side of the box that a surface is looked for in, as theirs
 LEVEL = 0.002  # of the distance that is taken for the surface, as theirs: it keeps thin walls closed
 _AT_ONCE = 2**17  # places evaluated together
-_HEAD = 64
 
 
 class OctreeVQ(ModelMixin, ConfigMixin):
@@ -51,6 +51,11 @@ class OctreeVQ(ModelMixin, ConfigMixin):
         bottleneck: inner channels of a residual block are 1 / bottleneck of the outer ones.
         num_depths: depths a node of the code depth's graph may have, as one-hot channels; more than there are does no harm (theirs are 7). None = as
             many as there are.
+        head_channels: inner channels of what predicts splits and functions.
+        encoder_nodes: "all", as theirs, or "occupied": the encoder computes nothing on empty nodes, in about half of the time, and all empty nodes have one
+            code, so that a generator has less to learn.
+        unit: in which distances leave the network: "box", half the side of the box, as theirs, or "node", the side of a finest node. A step of the optimiser
+            moves an output by about its learning rate, which the first makes a large part of a distance that matters, and the second a small one.
         temperature, certain, diverse: of the quantiser's entropy penalty.
 
     Raises: UsageError for sizes that do not fit each other.
@@ -78,6 +83,9 @@ class OctreeVQ(ModelMixin, ConfigMixin):
         features: str = "ND",
         bottleneck: int = 1,
         num_depths: int | None = None,
+        head_channels: int = 64,
+        encoder_nodes: Literal["all", "occupied"] = "all",
+        unit: Literal["box", "node"] = "box",
         temperature: float = 1.0,
         certain: float = 1.0,
         diverse: float = 1.0,
@@ -111,11 +119,13 @@ class OctreeVQ(ModelMixin, ConfigMixin):
             raise UsageError(f"tokenizer.features={features!r}: known letters are {', '.join(FEATURES)}")
         self.features = features
         width = encoder_channels
-        self.first = _ConvNorm(sum(FEATURES[letter] for letter in features), width[0])
+        self.is_dense = encoder_nodes == "all"
+        self.first = _ConvNorm(sum(FEATURES[letter] for letter in features), width[0], is_dense=self.is_dense)
         self.encoder = nn.ModuleList(
-            nn.ModuleList(_Block(c, bottleneck) for _ in range(n)) for c, n in zip(width, encoder_blocks, strict=True)
+            nn.ModuleList(_Block(c, bottleneck, self.is_dense) for _ in range(n))
+            for c, n in zip(width, encoder_blocks, strict=True)
         )
-        self.encoder_down = nn.ModuleList(_ConvNorm(a, b, stride=2) for a, b in pairwise(width))
+        self.encoder_down = nn.ModuleList(_ConvNorm(a, b, stride=2, is_dense=self.is_dense) for a, b in pairwise(width))
         self.to_code = nn.Linear(width[-1], bits)
         self.quantizer = BinarySphere(bits, certain=certain, diverse=diverse, temperature=temperature)
         self.from_code = nn.Linear(bits, inner_channels[0])
@@ -132,8 +142,14 @@ class OctreeVQ(ModelMixin, ConfigMixin):
         )
         self.decoder_up = nn.ModuleList(Up(a, b) for a, b in pairwise(decoder_channels))
         heads = decoder_channels[self.code_depth - self.top :]
-        self.split_heads = nn.ModuleList(Head(c, _HEAD, 2) for c in heads)
-        self.value_heads = nn.ModuleList(Head(c, _HEAD, 4) for c in heads)
+        self.split_heads = nn.ModuleList(Head(c, head_channels, 2) for c in heads)
+        self.value_heads = nn.ModuleList(Head(c, head_channels, 4) for c in heads)
+        side = 2.0 ** (1 - depth) if unit == "node" else 1.0
+        self.register_buffer("scale", torch.tensor([1.0, 1.0, 1.0, side]), persistent=False)
+        for head in self.value_heads:
+            # Distances that matter are hundredths: from torch's own beginning, a first tenth of training only makes them small.
+            nn.init.normal_(head.last.weight, std=1e-3)  # type: ignore[union-attr,arg-type]
+            nn.init.zeros_(head.last.bias)  # type: ignore[union-attr,arg-type]
 
     def forward(self, points: Tensor, normals: Tensor, queries: Tensor) -> Decoded:
         """Reconstruction of a batch for training: the octree is the true one, and the function is evaluated at queries [B, Q, 3] for every deepest depth."""
@@ -162,14 +178,14 @@ class OctreeVQ(ModelMixin, ConfigMixin):
 
     def code_of(self, octree: Octree) -> Tensor:
         """Vectors on the nodes of code_depth, [M, bits]."""
-        x = self.first(input_features(octree, self.features), octree, octree.depth)
+        x = self.first(input_features(octree, self.features, self.is_dense), octree, octree.depth)
         for i, blocks in enumerate(self.encoder):
             d = octree.depth - i
             for block in blocks:  # type: ignore[attr-defined]
                 x = block(x, octree, d)
             if i < len(self.encoder_down):
                 x = self.encoder_down[i](x, octree, d)
-        return self.to_code(x)
+        return self.to_code(x if self.is_dense else pad(x, octree, self.code_depth))
 
     def encode(self, points: Tensor, normals: Tensor) -> OctreeTokens:
         """Points and normals [B, P, 3] -> tokens."""
@@ -207,7 +223,7 @@ class OctreeVQ(ModelMixin, ConfigMixin):
                 continue
             head = d - self.code_depth
             splits[d] = self.split_heads[head](x, graphs[d])[graphs[d].num_leaves :]
-            values[d] = to_nodes(self.value_heads[head](x, graphs[d]), graphs[d])
+            values[d] = to_nodes(self.value_heads[head](x, graphs[d]) * self.scale, graphs[d])
             if is_growing:
                 marks = build.at_least_one(octree, splits[d].argmax(1).bool())
                 octree = build.split(octree, marks) if d < self.depth else build.mark(octree, marks)
@@ -300,25 +316,31 @@ class Decoded:
 
 
 class _ConvNorm(nn.Module):
-    """Convolution, group norm per shape, ReLU where `is_active`; with stride 2 one depth up."""
+    """Convolution, group norm per shape, ReLU where `is_active`; with stride 2 one depth up. Over all nodes where it is dense, else the occupied ones."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, is_active: bool = True):
+    def __init__(
+        self, in_channels: int, out_channels: int, *, stride: int = 1, is_active: bool = True, is_dense: bool = True
+    ):
         super().__init__()
-        self.conv = OctreeConv(in_channels, out_channels, kernel="333" if stride == 1 else "222", stride=stride)
+        kernel = "333" if stride == 1 else "222"
+        self.conv = OctreeConv(in_channels, out_channels, kernel=kernel, stride=stride, is_dense=is_dense)
         self.norm = OctreeGroupNorm(out_channels)
-        self.stride, self.is_active = stride, is_active
+        self.stride, self.is_active, self.is_dense = stride, is_active, is_dense
 
     def forward(self, x: Tensor, octree: Octree, depth: int) -> Tensor:
         y = self.conv(x, octree, depth)
-        y = self.norm(y, octree.samples(depth - self.stride + 1), octree.batch_size)
+        depth -= self.stride - 1
+        samples = octree.samples(depth)
+        samples = samples if self.is_dense else samples.index_select(0, octree.occupied(depth))
+        y = self.norm(y, samples, octree.batch_size)
         return y.relu() if self.is_active else y
 
 
 class _Block(nn.Module):
-    def __init__(self, channels: int, bottleneck: int):
+    def __init__(self, channels: int, bottleneck: int, is_dense: bool):
         super().__init__()
-        self.conv1 = _ConvNorm(channels, channels // bottleneck)
-        self.conv2 = _ConvNorm(channels // bottleneck, channels, is_active=False)
+        self.conv1 = _ConvNorm(channels, channels // bottleneck, is_dense=is_dense)
+        self.conv2 = _ConvNorm(channels // bottleneck, channels, is_active=False, is_dense=is_dense)
 
     def forward(self, x: Tensor, octree: Octree, depth: int) -> Tensor:
         return (x + self.conv2(self.conv1(x, octree, depth), octree, depth)).relu()
