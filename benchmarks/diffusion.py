@@ -1,12 +1,11 @@
 """Diffusion: DiT against diffusers and against a plainly written one, DiMSUM against its reference scan.
 
-`genkit bench diffusion` times the pairs. `python benchmarks/diffusion.py` prints how close DiT comes to the machine's limit, the memory of a training step, and
-the seconds per image over the number of tokens; with --plot FILE it draws them.
+`genkit bench diffusion` times the pairs. `python scripts/results_diffusion_speed.py` puts them on a page, with what else is measured here: how close DiT comes to
+the machine's limit, the memory of a training step, how far reuse is from the exact sample, seconds per image over the number of tokens, and padding of mixed sizes.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import os
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +33,7 @@ from genkit.guidance import Guidance, guide
 from genkit.importers import diffusers_dit
 from genkit.nn.layout import dense_layout
 from genkit.nn.packed import multiplied, packed
+from genkit.nn.packing import Packing
 from genkit.objectives.diffusion import Diffusion
 from genkit.optim import adamw
 from genkit.reuse.skip_blocks import SkipBlocks
@@ -49,22 +50,24 @@ REUSE: dict[str, Any] = {"full_steps": 3, "period": 3, "order": 1}
 
 def cases(quick: bool) -> Iterable[Case]:
     name = f"diffusers {diffusers.__version__}"
+    steps = STEPS // 2 if quick else STEPS
     for B in (1, 4):
         ours, peer = models(**SIZE)
         with packed(ours):
             yield Case(f"DiT-S/2 forward, batch {B}", name, FORWARD_GOAL, forward(ours, B), peer_forward(peer, B))
         if quick and B > 1:
             continue
-        what = f"DiT-S/2, {STEPS} guided steps, batch {B}"
-        yield Case(what, f"{name} DiTPipeline", FORWARD_GOAL, sampling(ours, B), peer_sampling(peer, B))
-        reused = sampling(ours, B, SkipBlocks(**REUSE))
-        yield Case(f"{what}, skipped blocks", f"{name} DiTPipeline", REUSE_GOAL, reused, peer_sampling(peer, B))
+        what, pipeline = f"DiT-S/2, {steps} guided steps, batch {B}", peer_sampling(peer, B, steps)
+        yield Case(what, f"{name} DiTPipeline", FORWARD_GOAL, sampling(ours, B, steps), pipeline)
+        if B == 1:
+            reused = sampling(ours, B, steps, SkipBlocks(**REUSE))
+            yield Case(f"{what}, skipped blocks", f"{name} DiTPipeline", REUSE_GOAL, reused, pipeline)
     B = 4 if quick else 8
     yield Case(f"DiT-S/2 training step, batch {B}", "DiT written plainly", TRAIN_GOAL, our_step(B), plain_step(B))
-    for side in (16,) if quick else (32,):
-        network = dimsum(side, **({"dim": 192, "depth": 4} if quick else {"dim": 384, "depth": 8}))
-        call = forward(network, 2, (side, side))
-        what = f"DiMSUM {len(network.blocks)}x{network.config['dim']} forward, {(side // 2) ** 2} tokens, batch 2"
+    for dim, depth, side in ((192, 4, 32),) if quick else ((192, 4, 32), (384, 8, 32), (384, 8, 64)):
+        network = dimsum(side, dim=dim, depth=depth)
+        call = forward(network, 1, (side, side))
+        what = f"DiMSUM {depth}x{dim} forward, {(side // 2) ** 2:,} tokens, batch 1"
         with packed(network):
             yield Case(what, "its reference scan in torch", DIMSUM_GOAL, call, with_kernel("reference", call))
 
@@ -114,10 +117,10 @@ def peer_forward(peer: Any, B: int) -> Callable[[], Tensor]:
     return run
 
 
-def sampling(network: Any, B: int, reuse: Any = None) -> Callable[[], Tensor]:
+def sampling(network: Any, B: int, steps: int = STEPS, reuse: Any = None) -> Callable[[], Tensor]:
     """DDIM with guidance, from the same noise at the same times as the peer, without a decoder; images in [0, 1]."""
     noise, _, label = inputs(B)
-    draw, layout, rng = Scheduler(name="DDIMScheduler", num_steps=STEPS), dense_layout(GRID), Rng.at(0, 0, B)
+    draw, layout, rng = Scheduler(name="DDIMScheduler", num_steps=steps), dense_layout(GRID), Rng.at(0, 0, B)
 
     @torch.no_grad()
     def run() -> Tensor:
@@ -138,7 +141,7 @@ class NoDecoder(nn.Module):
         return SimpleNamespace(sample=z)
 
 
-def peer_sampling(peer: Any, B: int) -> Callable[[], Tensor]:
+def peer_sampling(peer: Any, B: int, steps: int = STEPS) -> Callable[[], Tensor]:
     scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)
     pipeline: Any = DiTPipeline(peer, NoDecoder(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
@@ -146,7 +149,7 @@ def peer_sampling(peer: Any, B: int) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        return pipeline(label, STRENGTH, generator, STEPS, output_type="pt").images
+        return pipeline(label, STRENGTH, generator, steps, output_type="pt").images
 
     return run
 
@@ -300,25 +303,6 @@ def cost() -> dict[str, dict[int, float]]:
     return found
 
 
-def plot(found: dict[str, dict[int, float]], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for name, points in found.items():
-        axes.loglog(list(points), list(points.values()), marker="o", label=name)
-    axes.set_xticks(list(points), [f"{n:,}" for n in points])
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("seconds per image and step")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def limit() -> dict[str, float]:
     """Billions of operations per second of the products in a forward, beside torch's product of 1024 x 1024 timed in turns."""
     D, L = SIZE["dim"], SIZE["depth"]
@@ -345,29 +329,28 @@ def memory(side: str) -> int:
     if sys.platform != "linux":
         return 0
     code = f"import resource, benchmarks.diffusion as b; run = b.{side}(8); run(); run(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     return int(done.stdout)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--plot", metavar="FILE", help="draw seconds per image over tokens")
-    args = parser.parse_args()
-    rates = limit()
-    for name, rate in rates.items():
-        print(f"{name:22} {rate:7.1f} GFLOP/s {rate / rates['matrix product']:5.0%} of the matrix product")
-    print(f"peak memory of a training step, batch 8: ours {memory('our_step')} MiB, plain {memory('plain_step')} MiB")
-    found = cost()
-    for name, points in found.items():
-        weights = sum(p.numel() for n, network in families(32) if n == name for p in network.parameters())
-        print(
-            f"{name:18} {weights / 1e6:5.1f} M weights",
-            *(f"{n:,} tokens {s:8.3f} s" for n, s in points.items()),
-            sep="  ",
-        )
-    if args.plot:
-        plot(found, args.plot)
+def closeness() -> float:
+    """PSNR in dB of a sample with skipped blocks to the exact one; images span [0, 1]."""
+    ours, _ = models(**SIZE)
+    exact, reused = sampling(ours, 1)(), sampling(ours, 1, reuse=SkipBlocks(**REUSE))()
+    return float(-10 * torch.log10((reused - exact).square().mean()))
 
 
-if __name__ == "__main__":
-    main()
+def padding() -> dict[str, float]:
+    """Padded places by all places, in batches of 32 of random sizes between 1:2 and 2:1 of at most 256 tokens: what attention computes, and in one padded batch."""
+    random = torch.Generator().manual_seed(0)
+    real = packed_places = padded = 0
+    for _ in range(100):
+        ratio = 2 ** (2 * torch.rand(32, generator=random) - 1)
+        most = 256 * torch.rand(32, generator=random).clamp_min(0.25)
+        rows = (most * ratio).sqrt().int().clamp_min(1)
+        counts = rows * (most / rows).int().clamp_min(1)
+        packing = Packing.of(torch.arange(int(counts.max())) < counts[:, None])
+        real, packed_places = real + int(counts.sum()), packed_places + packing.num_places
+        padded += 32 * int(counts.max())
+    return {"packed": 1 - real / packed_places, "padded": 1 - real / padded}
