@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -50,18 +51,26 @@ def run_vssd_kernel(case: Any) -> Outputs:
     sign = -1 if case.config["ssd_positive_dA"] else 1
 
     def f(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Outputs:
-        q, k = (y.unflatten(-1, (case.config["ngroups"], -1)) for y in (C, B))
+        groups = num_groups(case.config)
+        q, k = (y.unflatten(-1, (groups, -1)) for y in (C, B))
         return {"y": vssd(q, k, x, sign * dt * A, skip=D)}
 
     return _with_gradients(f, case)
 
 
+def num_groups(config: dict[str, Any]) -> int:
+    """Of a vssd file; -1 is the original's word for as many as heads."""
+    return config["heads"] if config["ngroups"] == -1 else config["ngroups"]
+
+
 def _with_gradients(f: Callable[..., Outputs], case: Any) -> Outputs:
-    """Outputs of f(**inputs), and grad_<input> of the sum of every output times upstream_<output>."""
-    names = [name for name in case.inputs if not name.startswith("upstream_") and f"grad_{name}" in case.outputs]
+    """Outputs of f(**inputs), and grad_<input> of the sum of every output times upstream_<output> where it is stored."""
+    taken = inspect.signature(f).parameters
+    inputs = {name: value for name, value in case.inputs.items() if name in taken}
+    names = [name for name in inputs if f"grad_{name}" in case.outputs]
     with torch.enable_grad():
-        leaves = {name: case.inputs[name].clone().requires_grad_() for name in names}
-        outputs = f(**leaves)
+        leaves = {name: inputs[name].clone().requires_grad_() for name in names}
+        outputs = f(**inputs | leaves)
         total = torch.stack([(case.inputs[f"upstream_{name}"] * value).sum() for name, value in outputs.items()]).sum()
         gradients = torch.autograd.grad(total, list(leaves.values()))
     return {name: value.detach() for name, value in outputs.items()} | {

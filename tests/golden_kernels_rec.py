@@ -43,13 +43,15 @@ def run_s5(case: Any) -> Outputs:
     decay, B = discretise(
         torch.complex(real, w["Lambda_im"]), torch.view_as_complex(w["B"]), step, case.config["discretization"]
     )
+    # With both directions there are two C or, where C was drawn as complex numbers at once, one of double width.
+    C = w["C"] if "C" in w else torch.cat([w["C1"], w["C2"]], 1)
     with torch.enable_grad():
         u = case.inputs["u"].clone().requires_grad_()
         y = s5(
             u[None],
             decay,
             B,
-            torch.view_as_complex(w["C"]),
+            torch.view_as_complex(C),
             w["D"],
             is_conjugate=case.config["conj_sym"],
             is_bidirectional=case.config["bidirectional"],
@@ -59,22 +61,17 @@ def run_s5(case: Any) -> Outputs:
 
 
 def run_convs5(case: Any) -> Outputs:
-    from genkit.kernels.convscan.op import convscan
     from genkit.nn.convs5 import ConvS5Layer
 
     layer = _convs5_layer(case, ConvS5Layer)
     u = case.inputs["u"].permute(1, 4, 0, 2, 3)  # [B, D, F, Y, X]
     start = torch.complex(case.inputs["x0_re"], case.inputs["x0_im"]).permute(0, 3, 1, 2)
-    decay, B, C = layer.ssm.system()
+    decay, B, _ = layer.ssm.system()
     y, last = layer.ssm(u, start)
     state, frames = start, []
     for t in range(u.shape[2]):
         frame, state = layer.ssm(u[:, :, t : t + 1], state)
         frames.append(frame)
-    # The published sequential mode is the plain loop; ours is the reference path, put in the place of the fast one.
-    slow, _ = convscan(u, decay, B, C, state=start, return_state=True, path="reference")
-    rest = layer.ssm.skip(u.transpose(1, 2).flatten(0, 1)) + slow.transpose(1, 2).flatten(0, 1)
-    sequential = torch.nn.functional.gelu(layer.ssm.norm(rest), approximate="tanh").unflatten(0, (u.shape[0], -1))
     back = lambda z: z.permute(2, 0, 3, 4, 1)  # noqa: E731 - to frames first, channels last
     return {
         "A_bar_re": decay.real,
@@ -85,35 +82,53 @@ def run_convs5(case: Any) -> Outputs:
         "last_state_im": last.permute(0, 2, 3, 1).imag,
         "ssm_parallel": back(y),
         "ssm_stepwise": back(torch.cat(frames, 2)),
-        "ssm_sequential": back(sequential.transpose(1, 2)),
+        # The published sequential mode is the plain loop, which is our reference path.
+        "ssm_sequential": back(layer.ssm(u, start, path="reference")[0]),
         "layer_out": back(layer(u, start)[0]),
     }
 
 
 def _convs5_layer(case: Any, Layer: Any) -> Any:
-    """Published names: conv kernels are [k, k, in, out], B is [P, in k k, 2], C [k, k, P, out, 2]."""
-    config, w = case.config, case.weights
-    P, dim, k = config["ssm_size"] // 2, config["U"], config["k_B"]
+    """Published names: conv kernels are [k, k, in, out], dense ones [in, out], B is [P, in k k, 2], C [k, k, P, out, 2]."""
+    config, w = case.config, dict(case.weights)
+    heads = {"standard": "skip", "resnet": "resnet", "half_glu": "half_glu"}
     layer = Layer(
-        dim=dim,
+        dim=config["U"],
         state_size=config["ssm_size"],
         num_blocks=config["blocks"],
-        kernel_size=k,
+        kernel_size=[config[k] for k in ("k_B", "k_C", "k_D")],
+        head=heads.get(config["C_D_config"], "none"),  # the original leaves out what it has no such word for
+        activation=config["activation"],
+        excite=config["squeeze_excite"],
         num_groups=config["num_groups"],
+        clip=config["clip_eigs"],
+        norm=("before" if config["prenorm"] else "after") if config["use_norm"] else "none",
+        has_skip=config["per_layer_skip"],
     )
-    conv = "seq.C_D_conv.Conv_0"
-    layer.load_state_dict(
-        {
-            "ssm.eigenvalues": torch.stack([w["seq.Lambda_re"], w["seq.Lambda_im"]], -1),
-            "ssm.log_step": w["seq.log_step"][:, 0],
-            "ssm.B": w["seq.B"].view(P, dim, k, k, 2),
-            "ssm.C": w["seq.C"].permute(3, 2, 0, 1, 4),
-            "ssm.skip.weight": w[f"{conv}.kernel"].permute(3, 2, 0, 1),
-            "ssm.skip.bias": w[f"{conv}.bias"],
-            "ssm.norm.weight": w["seq.C_D_conv.GroupNorm_0.scale"],
-            "ssm.norm.bias": w["seq.C_D_conv.GroupNorm_0.bias"],
-            "norm.weight": w["norm.scale"],
-            "norm.bias": w["norm.bias"],
-        }
-    )
+    ours = {
+        "ssm.eigenvalues": torch.stack([w.pop("seq.Lambda_re"), w.pop("seq.Lambda_im")], -1),
+        "ssm.log_step": w.pop("seq.log_step")[:, 0],
+        "ssm.B": w.pop("seq.B").view_as(layer.ssm.B),
+        "ssm.C": w.pop("seq.C").permute(3, 2, 0, 1, 4),
+    }
+    is_resnet = config["C_D_config"] == "resnet"
+    parts = {
+        "Conv_0": "convs.0" if is_resnet else "skip",
+        "Conv_1": "convs.1",
+        "GroupNorm_0": "norms.0" if is_resnet else "norm",
+        "GroupNorm_1": "norms.1",
+        "SEBlock_0.reduce": "excite.reduce",
+        "SEBlock_0.expand": "excite.expand",
+        "Dense_0": "gate",
+        "norm": "norm",
+    }
+    for name, value in w.items():
+        path, _, kind = name.rpartition(".")
+        head = path.removeprefix("seq.C_D_conv.")
+        ours_path = path if head == path else f"ssm.head.{parts[head]}"
+        is_kernel = kind == "kernel"
+        ours[f"{ours_path}.{'bias' if kind == 'bias' else 'weight'}"] = (
+            value.movedim((-1, -2), (0, 1)) if is_kernel else value
+        )
+    layer.load_state_dict(ours)
     return layer

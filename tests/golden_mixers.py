@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
-from tests.golden_kernels_gla import run_vssd_kernel
+from tests.golden_kernels_gla import num_groups, run_vssd_kernel
 
 Outputs = dict[str, Tensor]
 
@@ -26,7 +26,11 @@ def run_vssd(case: Any) -> Outputs:
         num_heads=config["heads"],
         state_size=config["d_state"],
         expand=config["ssd_expansion"],
-        num_groups=config["ngroups"],
+        num_groups=num_groups(config),
+        is_positive=config["ssd_positive_dA"],
+        kernel_size=weights["attn.conv2d.weight"].shape[-1],
+        has_bias="attn.in_proj.bias" in weights,
+        has_conv_bias="attn.conv2d.bias" in weights,
     )
     mixer.load_state_dict({name[5:]: value for name, value in weights.items() if name.startswith("attn.")})
 

@@ -5,7 +5,7 @@ import torch
 
 from genkit.kernels.convscan.op import convscan
 from genkit.kernels.s5.op import s5
-from genkit.nn.convs5 import ConvS5Layer, hippo_eigenvalues
+from genkit.nn.convs5 import ACTIVATIONS, HEADS, ConvS5Layer, hippo_eigenvalues
 from tests.parity import assert_agrees
 
 
@@ -97,6 +97,61 @@ def test_a_new_layer_trains_and_remembers():
     assert not early[:, :, 1:].any()  # and not the other way round
     with pytest.raises(ValueError, match="state_size=8 must be a multiple of num_blocks=3"):
         ConvS5Layer(dim=4, state_size=8, num_blocks=3)
+
+
+@pytest.mark.parametrize("head", ["skip", "resnet", "half_glu", "none"])
+@pytest.mark.parametrize("norm", ["after", "before", "none"])
+def test_every_form_of_the_layer(head, norm):
+    """Frame by frame as at once, and the sum around the state space where the norm stands."""
+    torch.manual_seed(0)
+    options = {"state_size": 8, "kernel_size": (3, 1, 5), "activation": "swish", "excite": True, "num_groups": 2}
+    layer = ConvS5Layer(dim=4, norm=norm, head=head, clip=False, **options)
+    u = torch.randn(2, 4, 3, 5, 4)
+    y, _ = layer(u)
+    state, frames = None, []
+    for t in range(3):
+        frame, state = layer(u[:, :, t : t + 1], state)
+        frames.append(frame)
+    torch.testing.assert_close(torch.cat(frames, 2), y, rtol=1e-5, atol=1e-5)
+    inner = layer.ssm(layer._normed(u) if norm == "before" else u)[0]
+    torch.testing.assert_close(y, layer._normed(u + inner) if norm == "after" else u + inner)
+    layer.has_skip = False
+    torch.testing.assert_close(layer(u)[0], layer._normed(inner) if norm == "after" else inner)
+
+
+def test_heads_are_their_formulas():
+    torch.manual_seed(0)
+    y, u = torch.randn(2, 8, 3, 3), torch.randn(2, 8, 3, 3)
+    skip = HEADS["skip"](8, 3, 2, ACTIVATIONS["relu"], True)
+    h = skip.norm(y + skip.skip(u)).relu()
+    weight = skip.excite.expand(skip.excite.reduce(h.mean((2, 3))).relu()).sigmoid()
+    torch.testing.assert_close(skip(y, u), h * weight[:, :, None, None])
+    resnet = HEADS["resnet"](8, 3, 2, ACTIVATIONS["elu"], False)
+    h = resnet.convs[0](torch.nn.functional.elu(resnet.norms[0](y)))
+    h = resnet.convs[1](torch.nn.functional.elu(resnet.norms[1](h)))
+    torch.testing.assert_close(resnet(y, u), torch.nn.functional.elu(y + h))
+    assert HEADS["none"](8, 3, 2, ACTIVATIONS["elu"], False)(y, u) is y
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ({"head": "dense"}, "head='dense' must be one of skip, resnet, half_glu, none"),
+        ({"activation": "tanh"}, "activation='tanh' must be one of gelu, relu, swish, elu"),
+        ({"norm": "both"}, "norm='both' must be after, before or none"),
+        ({"kernel_size": (3, 2, 3)}, "kernel_size=.* must be odd"),
+    ],
+)
+def test_options_that_do_not_exist_are_named(option, told):
+    with pytest.raises(ValueError, match=told):
+        ConvS5Layer(dim=4, **{"state_size": 8, "num_groups": 2} | option)
+
+
+def test_growing_states_are_clipped_where_asked():
+    for clip, largest in ((True, 1.0), (False, 1.5)):
+        layer = ConvS5Layer(dim=4, state_size=8, num_groups=2, clip=clip, step_range=(1, 1))
+        layer.ssm.eigenvalues.data[0, 0] = 0.4
+        assert (layer.ssm.system()[0].abs().max() > largest - 0.1) and (layer.ssm.system()[0].abs().max() < largest)
 
 
 def test_autocast_changes_nothing():

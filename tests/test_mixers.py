@@ -65,7 +65,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "rmt": [{}, {"form": "decomposed"}],
     "rpe_fft": [{"size": (8, 6)}, {"size": (7, 5), "num_features": 11}],
     "ssd": [{}, {"is_bidirectional": True, "state_size": 5, "num_groups": 2}, {"order": "sweep-8", "head_dim": 64}],
-    "vssd": [{}, {"state_size": 5, "num_groups": 2, "expand": 1}],
+    "vssd": [
+        {},
+        {"state_size": 5, "num_groups": 2, "expand": 1},
+        {"is_positive": False, "kernel_size": 5, "has_bias": True, "has_conv_bias": False},
+    ],
     "window": [{}, {"size": 2}, {"size": 5}],
 }
 # Causal ones that take a number from the whole sequence (a transform, a largest exponent): the past is equal to rounding, not to the bit.
@@ -554,6 +558,18 @@ def test_long_convolution_equals_a_convolution(size):
     torch.testing.assert_close(mixer(x, dense_layout(grid)), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_vssd_with_the_sign_turned_keeps_only_the_skip():
+    """y = D x + S^T C and y' = D x - S^T C: their mean is the skip alone."""
+    mixer, x, layout = make("vssd"), tokens(), dense_layout(GRID)
+    mixer.norm = nn.Identity()
+    plain = mixer(x, layout)
+    mixer.sign = make("vssd", {"is_positive": False}).sign
+    turned = mixer(x, layout)
+    mixer.A_log.data.fill_(-torch.inf)
+    torch.testing.assert_close((plain + turned) / 2, mixer(x, layout), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain, turned)
+
+
 def test_vssd_without_its_convolution_does_not_know_the_order():
     mixer, x, layout = make("vssd"), tokens(), dense_layout(GRID)
     with torch.no_grad():
@@ -652,6 +668,7 @@ def test_a_list_of_mixers_is_a_pattern_over_the_depth():
         ("ssd", {"num_groups": 3}, "num_groups=3"),
         ("ssd", {"head_dim": 5}, "head_dim=5"),
         ("vssd", {"num_groups": 3}, "num_groups=3"),
+        ("vssd", {"kernel_size": 2}, "kernel_size=2 must be odd"),
         ("gla", {"gate_rank": 0}, "gate_rank=0"),
         ("rmt", {"num_heads": 32}, "must be even"),
         ("lightnet", {"is_causal": True, "toeplitz_axes": 2}, "toeplitz_axes"),

@@ -232,11 +232,39 @@ def test_only_the_state_needs_a_gradient():
         torch.testing.assert_close(h.grad, decay, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_groups_of_their_own_and_maps_that_are_the_same_for_all_tokens(path):
+    """As with every channel's B and C written out."""
+    x = some(2, 9, 12, 3)
+    random = torch.Generator().manual_seed(1)
+    shapes = {"constant": (12, 3), "two": (2, 9, 2, 3), "three": (2, 9, 3, 3), "one": (2, 9, 3)}
+    maps = {word: torch.randn(shape, generator=random) for word, shape in shapes.items()}
+
+    def written_out(given: Tensor) -> Tensor:
+        if given.ndim == 2:
+            return given.expand(2, 9, 12, 3).contiguous()
+        given = given if given.ndim == 4 else given[:, :, None]
+        return given.repeat_interleave(12 // given.shape[2], 2)
+
+    for B, C in (("constant", "one"), ("two", "constant"), ("constant", "constant"), ("two", "three"), ("one", "two")):
+        found = selective_scan(**x | {"B": maps[B], "C": maps[C]}, delta_softplus=True, path=path)
+        expected = x | {"B": written_out(maps[B]), "C": written_out(maps[C])}
+        torch.testing.assert_close(found, selective_scan(**expected, delta_softplus=True, path="reference"))
+    leaf = maps["constant"].requires_grad_()
+    selective_scan(**x | {"B": leaf}, delta_softplus=True, path=path).sum().backward()
+    wide = written_out(leaf.detach()).requires_grad_()
+    selective_scan(**x | {"B": wide}, delta_softplus=True, path="reference").sum().backward()
+    torch.testing.assert_close(leaf.grad, wide.grad.sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
 BAD = {
     "u": (lambda x: x["u"][0], r"u must be \[B, N, D\]"),
     "delta": (lambda x: x["delta"][:, :3], r"delta must be \[2, 5, 4\] to go with u, got \[2, 3, 4\]"),
     "A": (lambda x: x["A"][:3], r"A must be \[4, R\] to go with u, with R of 1 to 256, got \[3, 3\]"),
-    "B": (lambda x: x["B"][..., :2], r"B must be \[2, 5, 3\] or \[2, 5, G, 3\] to go with u and A, got \[2, 5, 2\]"),
+    "B": (
+        lambda x: x["B"][..., :2],
+        r"B must be \[2, 5, 3\], \[2, 5, G, 3\] or \[4, 3\] to go with u and A, got \[2, 5, 2\]",
+    ),
     "C": (lambda x: x["C"].double(), "C must be torch.float32 beside u of torch.float32, got torch.float64"),
     "D_skip": (lambda x: x["D_skip"][None], r"D_skip must be \[4\] to go with u, got \[1, 4\]"),
     "z": (lambda x: x["z"].to("meta"), "z is on meta, u on cpu"),
@@ -257,8 +285,6 @@ def test_groups_that_do_not_divide_are_named():
     x = some(2, 5, 4, 3)
     with pytest.raises(ValueError, match="B has 3 groups; they must divide the 4 channels"):
         selective_scan(**{**x, "B": torch.zeros(2, 5, 3, 3)})
-    with pytest.raises(ValueError, match="B has 2 groups and C has 1"):
-        selective_scan(**{**x, "B": torch.zeros(2, 5, 2, 3)})
     with pytest.raises(UsageError, match="selective_scan: the path cpu cannot run: it computes in float32"):
         selective_scan(**{k: v.double() for k, v in x.items()}, path="cpu")
 

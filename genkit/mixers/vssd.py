@@ -25,6 +25,10 @@ class VSSD(nn.Module):
     Args:
         num_heads: of the E inner channels.
         num_groups: G; head h uses B and C of group h mod G.
+        is_positive: tokens weigh dt e^(A_log), as above; False, as published for an ablation, turns the sign of S.
+        kernel_size: of the depthwise convolution; odd.
+        has_bias: of W_in and W_out.
+        has_conv_bias: of the convolution.
     """
 
     is_causal = False
@@ -32,9 +36,22 @@ class VSSD(nn.Module):
     is_resolution_free = True
 
     def __init__(
-        self, *, dim: int, layer: int, num_heads: int = 4, state_size: int = 64, expand: int = 2, num_groups: int = 1
+        self,
+        *,
+        dim: int,
+        layer: int,
+        num_heads: int = 4,
+        state_size: int = 64,
+        expand: int = 2,
+        num_groups: int = 1,
+        is_positive: bool = True,
+        kernel_size: int = 3,
+        has_bias: bool = False,
+        has_conv_bias: bool = True,
     ):
         super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise UsageError(f"mixer.kernel_size={kernel_size} must be odd")
         if state_size < 1 or expand < 1:
             raise UsageError(f"mixer.state_size={state_size} and mixer.expand={expand} must be at least 1")
         self.width = expand * dim
@@ -42,14 +59,15 @@ class VSSD(nn.Module):
         if num_groups < 1 or num_heads % num_groups:
             raise UsageError(f"mixer.num_groups={num_groups} does not divide the {num_heads} heads")
         self.num_heads, self.num_groups, self.state_size = num_heads, num_groups, state_size
+        self.sign = 1 if is_positive else -1
         convolved = self.width + 2 * num_groups * state_size
-        self.in_proj = Projection(dim, self.width + convolved + num_heads)
-        self.conv2d = depthwise(convolved, 3)
+        self.in_proj = Projection(dim, self.width + convolved + num_heads, has_bias)
+        self.conv2d = depthwise(convolved, kernel_size, has_conv_bias)
         self.dt_bias = nn.Parameter(step_bias(num_heads))
         self.A_log = nn.Parameter(torch.empty(num_heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(num_heads))
         self.norm = nn.LayerNorm(self.width)
-        self.out_proj = Projection(self.width, dim)
+        self.out_proj = Projection(self.width, dim, has_bias)
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         grid = dense_grid(layout, "vssd", (2,))
@@ -58,6 +76,6 @@ class VSSD(nn.Module):
         x, B, C = silu(spatially(self.conv2d, xBC, grid)).split([self.width, states, states], dim=-1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))  # [B, N, H, V]
         B, C = (y.unflatten(-1, (self.num_groups, self.state_size)) for y in (B, C))  # [B, N, G, R] each
-        weight = softplus(dt.to(self.dt_bias.dtype) + self.dt_bias) * self.A_log.exp()  # [B, N, H]
+        weight = softplus(dt.to(self.dt_bias.dtype) + self.dt_bias) * (self.sign * self.A_log.exp())  # [B, N, H]
         y = vssd(C, B, x, weight, skip=self.D)
         return self.out_proj(self.norm(y.flatten(2)) * z)

@@ -60,7 +60,7 @@ class Packed:
     """A linear layer, and after it a GELU where there is one. Its weights are laid out when first used."""
 
     def __init__(self, layer: nn.Linear | Projection, act: nn.GELU | None = None):
-        self.layer, self.bias, self.act = layer, layer.bias if isinstance(layer, nn.Linear) else None, act
+        self.layer, self.bias, self.act = layer, layer.bias, act
         self.weight: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,9 @@ def selective_scan(
         u: [B, N, D], the input.
         delta: [B, N, D], the step size before bias and softplus; dtype of u.
         A: [D, R], the decay rate, negative for a state that fades; R <= 256. Mamba trains log(-A).
-        B, C: [B, N, R], or [B, N, G, R] where D / G adjacent channels share a group; dtype of u.
+        B, C: [B, N, R], or [B, N, G, R] where D / G adjacent channels share a group; dtype of u. Or [D, R], one for each channel and the same for all
+            tokens. Where the two have different groups, both are laid out in their least common multiple, constant ones in D of them: memory for that
+            many values per token.
         D_skip: [D], weight of the input in the output; None = 0.
         z: [B, N, D], the gate; dtype of u; None = no gate.
         delta_bias: [D], added to delta; None = 0.
@@ -52,8 +56,8 @@ def selective_scan(
     A, D_skip, delta_bias and initial_state may be float32 beside inputs of lower precision.
 
     The published code (state-spaces/mamba mamba_ssm/ops/selective_scan_interface.py) keeps channels before tokens: there u, delta and z are [B, D, N],
-    B and C are [B, R, N] or [B, G, R, N]. Each is moveaxis(-1, 1) of its name here. Its complex A and its B and C that are constant over tokens are not
-    covered; unlike it, this takes an initial state and the gradient of the returned one.
+    B and C are [B, R, N] or [B, G, R, N]. Each is moveaxis(-1, 1) of its name here. Its complex A is not covered (s5 and linrec take complex numbers);
+    unlike it, this takes an initial state and the gradient of the returned one.
 
     Raises: ValueError for shapes, dtypes or devices that do not fit, naming the argument; UsageError for a path that cannot run.
     """
@@ -69,7 +73,8 @@ def selective_scan(
     R = A.shape[1]
     B, C = _grouped("B", B, batch, N, D, R), _grouped("C", C, batch, N, D, R)
     if B.shape != C.shape:
-        raise ValueError(f"selective_scan: B has {B.shape[2]} groups and C has {C.shape[2]}; they must agree")
+        groups = math.lcm(B.shape[2], C.shape[2])
+        B, C = (x.repeat_interleave(groups // x.shape[2], 2) for x in (B, C))
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
     tokens: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
         ("delta", delta, (batch, N, D)),
@@ -102,9 +107,11 @@ def selective_scan(
 
 def _grouped(name: str, given: Tensor, batch: int, N: int, D: int, R: int) -> Tensor:
     """B or C as [B, N, G, R]."""
+    if given.shape == (D, R):
+        return given.expand(batch, N, D, R)
     if given.ndim not in (3, 4) or given.shape[:2] != (batch, N) or given.shape[-1] != R:
         raise ValueError(
-            f"selective_scan: {name} must be [{batch}, {N}, {R}] or [{batch}, {N}, G, {R}] to go with u and A, got {list(given.shape)}"
+            f"selective_scan: {name} must be [{batch}, {N}, {R}], [{batch}, {N}, G, {R}] or [{D}, {R}] to go with u and A, got {list(given.shape)}"
         )
     given = given[:, :, None] if given.ndim == 3 else given
     groups = given.shape[2]
