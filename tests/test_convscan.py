@@ -151,7 +151,8 @@ def test_growing_states_are_clipped_where_asked():
     for clip, largest in ((True, 1.0), (False, 1.5)):
         layer = ConvS5Layer(dim=4, state_size=8, num_groups=2, clip=clip, step_range=(1, 1))
         layer.ssm.eigenvalues.data[0, 0] = 0.4
-        assert (layer.ssm.system()[0].abs().max() > largest - 0.1) and (layer.ssm.system()[0].abs().max() < largest)
+        assert layer.ssm.system()[0].abs().max() > largest - 0.1
+        assert layer.ssm.system()[0].abs().max() < largest
 
 
 def test_autocast_changes_nothing():
