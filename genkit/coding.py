@@ -21,7 +21,7 @@ from genkit import files, registry
 from genkit.codec import adaptive, coder, container, lanes, lost, npz, pictures, rate
 from genkit.codec.model import Model
 from genkit.codec.npz import read as read  # a part of this module's interface
-from genkit.codec.tables import MAX_SYMBOLS, Ints
+from genkit.codec.stream import MAX_SYMBOLS, Ints
 from genkit.console import Progress
 from genkit.data.folder import scan
 from genkit.data.memory import to_float

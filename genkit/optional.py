@@ -10,7 +10,6 @@ from genkit.errors import GenkitError
 
 # Import name -> the extra of genkit that installs it.
 EXTRAS = {
-    "constriction": "bench",
     "matplotlib": "eval",
     "open3d": "3d",
     "scipy": "eval",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from genkit.codec.tables import Ints
+from genkit.codec.stream import Ints
 
 _LARGEST = 4095  # of a coordinate and of a weight
 _LLOYD_STEPS = 30

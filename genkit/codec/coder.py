@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from genkit.codec import adaptive, container, lanes, memoryless
 from genkit.codec.damaged import DamagedError
 from genkit.codec.model import Model
-from genkit.codec.tables import Ints
+from genkit.codec.stream import Ints
 from genkit.console import Progress
 from genkit.errors import GenkitError
 
@@ -33,7 +31,7 @@ def encode(
     if prior == "adaptive":
         learner = adaptive.Adaptive(classes())
         return container.write(
-            replace(header, prior=prior, table=learner.table), [learner.encode(chunk) for chunk in chunks]
+            replace(header, prior=prior, table=learner.table), [[learner.encode(chunk)] for chunk in chunks]
         )
     if prior == "model":
         assert model is not None
@@ -42,9 +40,8 @@ def encode(
         return container.write(replace(header, prior=prior, table=model.table), coded)
     S = header.codebook_size
     coder = memoryless.uniform(S) if prior == "uniform" else memoryless.static(ids, S)
-    by_image = [coder.encode(chunk, header.packets) for chunk in chunks]
-    flat = [[lane for own in chunk for lane in own] for chunk in by_image]
-    return container.write(replace(header, prior=prior, table=coder.table), flat)
+    coded = [coder.encode(chunk, header.packets) for chunk in chunks]
+    return container.write(replace(header, prior=prior, table=coder.table), coded)
 
 
 def decode(
@@ -89,7 +86,8 @@ def _chunk_decoder(
             )
 
         def by_neighbours(chunk: range, own: list[int], coded: list[bytes | None]) -> list[Ints]:
-            ids = learner.decode(_whole(coded), [header.grids[i] for i in chunk], own[-1] - chunk[0] + 1)
+            (stream,) = _whole(coded)
+            ids = learner.decode(stream, [header.grids[i] for i in chunk], own[-1] - chunk[0] + 1)
             return [ids[i - chunk[0]] for i in own]
 
         return by_neighbours
@@ -105,20 +103,26 @@ def _chunk_decoder(
             )
 
         def by_generator(chunk: range, own: list[int], coded: list[bytes | None]) -> list[Ints]:
-            chosen = _whole([coded[i - chunk[0]] for i in own])
-            with Progress(len(own), "images", "decode by the generator") as progress:
-                return generator.decode(chosen, [header.grids[i] for i in own], Q, progress.advance)
+            runs = [chunk[i : i + lanes.STREAM_IMAGES] for i in range(0, len(chunk), lanes.STREAM_IMAGES)]
+            needed = [
+                (run, lane) for run, lane in zip(runs, _whole(coded), strict=True) if not set(own).isdisjoint(run)
+            ]
+            ids: dict[int, Ints] = {}
+            with Progress(sum(len(run) for run, _ in needed), "images", "decode by the generator") as progress:
+                for run, lane in needed:
+                    found = generator.decode(lane, [header.grids[i] for i in run], Q, progress.advance)
+                    ids |= zip(run, found, strict=True)
+            return [ids[i] for i in own]
 
         return by_generator
 
     coder = memoryless.uniform(S) if header.prior == "uniform" else memoryless.read_static(table, Q, S)
 
-    def alone(chunk: range, own: list[int], coded: list[bytes | None]) -> list[Ints]:
-        first = np.cumsum([0, *(lanes.count(header.grids[i], header.packets) for i in chunk)])
-        chosen = [coded[first[i - chunk[0]] : first[i - chunk[0] + 1]] for i in own]
-        return coder.decode(chosen, [header.grids[i] for i in own], header.packets, Q)
+    def by_counts(chunk: range, own: list[int], coded: list[bytes | None]) -> list[Ints]:
+        ids = coder.decode(coded, [header.grids[i] for i in chunk], header.packets, Q)
+        return [ids[i - chunk[0]] for i in own]
 
-    return alone
+    return by_counts
 
 
 def _whole(coded: list[bytes | None]) -> list[bytes]:

@@ -24,17 +24,17 @@ from itertools import accumulate, groupby, pairwise
 
 import numpy as np
 
-from genkit.codec import adaptive, lanes
+from genkit.codec import lanes
 from genkit.codec.damaged import DamagedError
-from genkit.codec.tables import MAX_SYMBOLS
+from genkit.codec.stream import MAX_SYMBOLS
 from genkit.errors import GenkitError
 
 MAGIC = b"\x89GTK"
-VERSION = 1
+VERSION = 2
 SUFFIX = ".gtk"
 PRIORS = ("uniform", "static", "adaptive", "model")
 MAX_IMAGES, MAX_LEVELS, MAX_AXES, MAX_SIDE = 2**20, 64, 3, 2**16
-MAX_IDS = adaptive.MAX_IDS  # of an image, and of a chunk
+MAX_IDS = 2**18  # of an image, and of a chunk
 MAX_NAMES, MAX_LANES = 2**26, 2**24  # bytes; lanes in all
 MAX_PER_BYTE = 2**11  # ids a file may claim for every byte of it
 
@@ -77,10 +77,10 @@ class Header:
         return self.num_levels * sum(map(math.prod, self.grids))
 
     def num_lanes(self, chunk: range) -> int:
-        """Of a chunk's images together."""
-        if self.prior == "adaptive":
-            return adaptive.num_lanes([self.grids[i] for i in chunk])
-        return sum(lanes.count(self.grids[i], self.packets) for i in chunk)
+        """Stretches of bytes that are decoded by themselves: packets, or a few images for the prior "model", or the chunk."""
+        if self.packets != "none":
+            return sum(lanes.count(self.grids[i], self.packets) for i in chunk)
+        return -(-len(chunk) // lanes.STREAM_IMAGES) if self.prior == "model" else 1
 
 
 def chunks(grids: Sequence[tuple[int, ...]], num_levels: int) -> list[range]:
@@ -128,7 +128,7 @@ def write(header: Header, chunk_lanes: Sequence[Sequence[bytes]]) -> bytes:
     """The bytes of a file.
 
     Args:
-        chunk_lanes: the lanes of each of header.chunks(), image after image, and packet after packet within.
+        chunk_lanes: the header.num_lanes lanes of each of header.chunks(), image after image, and packet after packet within.
     """
     if header.packets != "none":
         first = accumulate(map(len, chunk_lanes), initial=0)
@@ -186,8 +186,9 @@ def _read(data: bytes, name: str) -> File:
             else "is no codes file of `genkit encode` (it begins otherwise)"
         )
     _, version, length = _START.unpack_from(data)
-    if version > VERSION:
-        raise DamagedError(f"has format version {version}, this genkit reads up to {VERSION}; update genkit")
+    if version != VERSION:
+        cure = "update genkit" if version > VERSION else "encode the images again, or decode with the genkit that did"
+        raise DamagedError(f"has format version {version}, this genkit reads {VERSION}; {cure}")
     end = _START.size + length
     if len(data) < end + _CRC.size:
         raise DamagedError(f"is truncated in its header: {end + _CRC.size - len(data)} bytes are missing; {again}")

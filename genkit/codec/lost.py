@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genkit.codec.lanes import split
 from genkit.codec.model import masked_objective
-from genkit.codec.tables import Ints
+from genkit.codec.stream import Ints
 from genkit.nn.layout import dense_layout
 from genkit.rng import Rng
 from genkit.samplers.masked import Masked

@@ -1,92 +1,102 @@
-"""Ids coded without a look at their neighbours: all alike, or by how often each occurs in this file. Every lane stands alone."""
+"""Ids coded without a look at their neighbours: all alike, or by how often each occurs in this file.
+
+Images of a chunk are one stream, level after level. With packets every packet is a stream of its own, and readable without the others.
+"""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
-from genkit.codec import ans
 from genkit.codec.damaged import DamagedError
 from genkit.codec.lanes import split
-from genkit.codec.tables import Ints, Tables, Whole, max_total, precision_of
-
-_SYMBOLS_AT_ONCE = 2**21
+from genkit.codec.stream import Decoder, Encoder, Ints, Shared, num_raw, to_ids, to_number
 
 
 class Memoryless:
     """The priors "uniform" and "static".
 
     Args:
-        weights: [Q, S] whole numbers, how probable each id of each level is, in any unit; [1, S] for all levels alike.
+        weights: [Q, S], how probable each id of each level is, in whole numbers of any unit; [1, S] for all levels alike.
         kind, table: what the file says of this prior.
     """
 
-    def __init__(self, weights: Whole, kind: str, table: bytes):
+    def __init__(self, weights: NDArray[np.float64], kind: str, table: bytes):
         self.kind, self.table = kind, table
-        self._last_row = len(weights) - 1
-        self._tables = Tables(weights, precision_of(weights.shape[1]))
+        self._codebook_size = weights.shape[1]
+        self._rows = [Shared(row) for row in weights]
 
-    def encode(self, images: Sequence[Ints], packets: str) -> list[list[bytes]]:
-        """ids [Q, *grid] of each image -> its lanes."""
-        whole = [
-            (i, part, ids.reshape(len(ids), -1)[:, part])
-            for i, ids in enumerate(images)
-            for part in split(ids.shape[1:], packets)
-        ]
-        done: list[bytes] = [b""] * len(whole)
-        for chosen in _alike([ids.shape for _, _, ids in whole]):
-            symbols = np.stack([whole[i][2] for i in chosen])  # [N, Q, n]
-            levels = np.broadcast_to(np.arange(symbols.shape[1]).clip(max=self._last_row)[:, None], symbols.shape)
-            start, freq = (x.reshape(len(chosen), -1).T for x in self._tables.intervals(levels, symbols))
-            for i, lane in zip(chosen, ans.encode(start, freq, [self._tables.precision] * len(start)), strict=True):
-                done[i] = lane
-        lanes: list[list[bytes]] = [[] for _ in images]
-        for (image, _, _), lane in zip(whole, done, strict=True):
-            lanes[image].append(lane)
+    def encode(self, images: Sequence[Ints], packets: str) -> list[bytes]:
+        """ids [Q, *grid] of the images of a chunk -> its lanes: one for all, or the packets of one image after another."""
+        flat = [ids.reshape(len(ids), -1) for ids in images]
+        if packets == "none":
+            return [self._encode(np.concatenate(flat, 1), 0)]
+        cuts = {ids.shape[1:]: _cut(ids.shape[1:], packets) for ids in images}
+        lanes = []
+        for ids, image in zip(flat, images, strict=True):
+            order, bounds = cuts[image.shape[1:]]
+            ordered = ids[:, order].astype(np.int32)
+            lanes += [self._encode(ordered[:, a:b], num_raw(self._codebook_size, b - a)) for a, b in bounds]
         return lanes
 
     def decode(
-        self, lanes: Sequence[Sequence[bytes | None]], grids: Sequence[tuple[int, ...]], packets: str, num_levels: int
+        self, lanes: Sequence[bytes | None], grids: Sequence[tuple[int, ...]], packets: str, num_levels: int
     ) -> list[Ints]:
         """The inverse; ids of lanes that are None come out as -1. Raises DamagedError for bytes that no encoder wrote, unless there are
         packets: then such a lane counts as lost."""
-        images = [np.full((num_levels, math.prod(grid)), -1, np.int64) for grid in grids]
-        whole = [
-            (image, part, lane)
-            for image, grid, own in zip(images, grids, lanes, strict=True)
-            for part, lane in zip(split(grid, packets), own, strict=True)
-            if lane is not None
-        ]
-        for chosen in _alike([(num_levels, len(part)) for _, part, _ in whole]):
-            decoder = ans.Decoder([whole[i][2] for i in chosen])
-            found = np.empty((len(chosen), num_levels, len(whole[chosen[0]][1])), np.int64)  # [N, Q, n]
-            for q in range(num_levels):
-                level = np.full(len(chosen), min(q, self._last_row))
-                for t in range(found.shape[2]):
-                    symbols = self._tables.find(level, decoder.slots(self._tables.precision))
-                    found[:, q, t] = symbols
-                    decoder.advance(*self._tables.intervals(level, symbols), self._tables.precision)
-            is_complete = decoder.is_complete()
-            if packets == "none" and not is_complete.all():
-                raise DamagedError("holds ids that do not end where they should; the file is damaged")
-            for i, ids, is_good in zip(chosen, found, is_complete, strict=True):
-                image, part, _ = whole[i]
-                image[:, part] = ids if is_good else -1  # damage that a packet's checksum missed
-        return [image.reshape(num_levels, *grid) for image, grid in zip(images, grids, strict=True)]
+        ends = list(accumulate(map(math.prod, grids), initial=0))
+        whole = np.full((num_levels, ends[-1]), -1, np.int64)
+        if packets == "none":
+            (lane,) = lanes
+            assert lane is not None
+            self._decode(lane, 0, whole)
+        cuts = {grid: _cut(grid, packets) for grid in grids}
+        images, left = [], iter(lanes)
+        for (first, last), grid in zip(pairwise(ends), grids, strict=True):
+            ids = whole[:, first:last]
+            if packets != "none":
+                order, bounds = cuts[grid]
+                ordered = np.full_like(ids, -1)
+                for a, b in bounds:
+                    if (lane := next(left)) is not None:
+                        self._decode_packet(lane, ordered[:, a:b])
+                ids[:, order] = ordered
+            images.append(ids.reshape(num_levels, *grid))
+        return images
+
+    def _encode(self, ids: NDArray[np.integer], raw: int) -> bytes:
+        """ids [Q, n] -> a stream that begins at the last `raw` ids of the last level."""
+        coded = ids.shape[1] - raw
+        encoder = Encoder(to_number(ids[-1, coded:], self._codebook_size))
+        encoder.push(ids[-1, :coded], self._rows[-1])
+        for q in reversed(range(len(ids) - 1)):
+            encoder.push(ids[q], self._rows[min(q, len(self._rows) - 1)])
+        return encoder.to_bytes()
+
+    def _decode(self, lane: bytes, raw: int, ids: Ints) -> None:
+        """The inverse, into ids."""
+        decoder, count = Decoder(lane), ids.shape[1]
+        for q in range(len(ids) - 1):
+            ids[q] = decoder.pop(count, self._rows[min(q, len(self._rows) - 1)])
+        ids[-1, : count - raw] = decoder.pop(count - raw, self._rows[-1])
+        ids[-1, count - raw :] = to_ids(decoder.rest(), raw, self._codebook_size)
+
+    def _decode_packet(self, lane: bytes, ids: Ints) -> None:
+        try:
+            self._decode(lane, num_raw(self._codebook_size, ids.shape[1]), ids)
+        except DamagedError:
+            ids[:] = -1  # damage that a packet's checksum missed
 
 
-def _alike(shapes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-    """Numbers of lanes with as many ids each, which are coded side by side; never more than memory is good for."""
-    same: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, shape in enumerate(shapes):
-        same[shape].append(i)
-    for (Q, n), members in same.items():
-        step = max(1, _SYMBOLS_AT_ONCE // (Q * n))
-        yield from (members[first : first + step] for first in range(0, len(members), step))
+def _cut(grid: tuple[int, ...], packets: str) -> tuple[Ints, list[tuple[int, int]]]:
+    """The positions of an image, packet after packet, and where each begins and ends."""
+    parts = split(grid, packets)
+    return np.concatenate(parts), list(pairwise(accumulate(map(len, parts), initial=0)))
 
 
 def uniform(codebook_size: int) -> Memoryless:
@@ -134,7 +144,7 @@ def _pack(counts: Ints, mantissa_bits: int) -> bytes:
     return bytes([mantissa_bits]) + packer.compress(nearest.tobytes()) + packer.flush()
 
 
-def _unpack(table: bytes, num_levels: int, codebook_size: int) -> Whole:
+def _unpack(table: bytes, num_levels: int, codebook_size: int) -> NDArray[np.float64]:
     size = num_levels * codebook_size
     try:
         unpacker = zlib.decompressobj(-15)
@@ -143,7 +153,7 @@ def _unpack(table: bytes, num_levels: int, codebook_size: int) -> Whole:
         if len(stored) != size or not unpacker.eof or stored.max() >= len(values):
             raise ValueError
         weights = values[stored].reshape(num_levels, codebook_size).astype(np.float64)
-        if not (0 < weights.sum(1)).all() or (weights.sum(1) > max_total(precision_of(codebook_size))).any():
+        if not (0 < weights.sum(1)).all():
             raise ValueError
     except (ValueError, IndexError, zlib.error):
         raise DamagedError("has a damaged table of how often each id occurs") from None

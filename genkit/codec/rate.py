@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from genkit.codec.cluster import kmeans, whole_numbers
-from genkit.codec.tables import Ints
+from genkit.codec.stream import Ints
 from genkit.errors import UsageError
 from genkit.nn.codebook import Codebook, normalise
 
