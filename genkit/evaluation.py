@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit import images, registry, shape_evaluation
+from genkit import images, registry, shape_evaluation, shape_subjects
 from genkit.console import Progress
 from genkit.errors import GenkitError, UsageError
 from genkit.metrics import known, protocols, references, sources
@@ -93,7 +93,7 @@ def evaluate(
         raise UsageError(f"protocol {protocol} says which metrics; name either a protocol or metrics")
     started = time.perf_counter()
     place = _device(target, device)
-    if shape_evaluation.is_of_shapes(target):
+    if shape_subjects.is_of_shapes(target):
         for name, given in (
             ("protocol", protocol),
             ("metrics", metrics),

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
+from genkit import shape_figures, shape_subjects
 from genkit.cli import main
-from genkit.data.shape_classes import CLASSES
+from genkit.data.shape_classes.classes import CLASSES
 from genkit.data.shapes import Shapes
 from genkit.errors import GenkitError, UsageError
 from genkit.meshes import storage
@@ -17,7 +18,8 @@ from genkit.meshes.mesh import Mesh
 from genkit.metrics import shape_nets
 from genkit.metrics.shape_agreement import iou, surface_agreement
 from genkit.rng import Rng
-from genkit.shape_evaluation import evaluate, is_of_shapes
+from genkit.shape_evaluation import evaluate
+from genkit.shape_subjects import is_of_shapes
 
 DATA = Shapes(num_shapes=240, seed=5, num_points=256, num_distances=0)
 
@@ -75,7 +77,7 @@ def test_a_changed_judge_is_refused(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     for name, value in {"EMD_SHAPES": 6, "EMD_POINTS": 32, "QUICK_VIEWS": (0,), "RESOLUTION": 24}.items():
-        monkeypatch.setattr(f"genkit.shape_evaluation.{name}", value)
+        monkeypatch.setattr(shape_subjects if name == "RESOLUTION" else shape_figures, name, value)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genkit.data.loader import batches
-from genkit.data.shape_classes import CLASSES
+from genkit.data.shape_classes.classes import CLASSES
 from genkit.data.shapes import Shapes
 from genkit.errors import UsageError
 from genkit.meshes.marching_cubes import extract, marching_cubes

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.data.shape_classes import CLASSES, Design, Dice
+from genkit.data.shape_classes.classes import CLASSES
+from genkit.data.shape_classes.design import Design, Dice
 from genkit.errors import UsageError, nearest
 from genkit.interfaces import DataInfo
 from genkit.meshes.marching_cubes import extract
@@ -34,7 +35,7 @@ class Shapes:
 
     Args:
         num_shapes: of the split train; val and test have a tenth of it, at least one of each class, from seeds of their own.
-        classes: names of some of the 12; None = all, in the order of shape_classes.CLASSES.
+        classes: names of some of the 12; None = all, in the order of shape_classes.classes.CLASSES.
         num_points: P, on the surface of each shape.
         num_distances: Q, places with their signed distance: a half within about 0.02 of the surface, a quarter within about 0.1, a quarter anywhere in
             [-1, 1]. 0 = none.

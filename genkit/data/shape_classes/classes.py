@@ -14,8 +14,6 @@ from genkit.data.shape_classes.tools import tool
 from genkit.data.shape_classes.vehicles import airplane, car, rocket
 from genkit.data.shape_classes.vessels import bottle, mug
 
-__all__ = ["CLASSES", "Design", "Dice"]
-
 CLASSES: dict[str, Callable[[Dice], Design]] = {
     "chair": chair,
     "table": table,
