@@ -16,13 +16,14 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pages import RESULTS, Store, axes, counts_on_x, fill, save_plot, table
 
 import genkit
 from genkit import config, recipes, registry
@@ -34,8 +35,7 @@ from genkit.pipeline import open_run
 from genkit.rng import Rng, sample_seeds
 from genkit.sampling import class_grid
 
-ROOT = Path(__file__).parent.parent
-PAGE, PICTURES = ROOT / "docs/results/diffusion.md", ROOT / "docs/results"
+PAGE = RESULTS / "diffusion.md"
 LOG = ["log.sample_every_steps=100000", "log.save_every_steps=100000"]
 
 # The tokenizers, and for how many images they are trained.
@@ -52,7 +52,8 @@ MODELS: dict[str, tuple[str, list[str]]] = {
     "dit-gla": ("toy/dit-fashion", ["backbone.mixer={type: multi_scan, mixer: {type: gla, num_heads: 3}}"]),
 }
 TITLES = {"dit": "DiT", "dimsum": "DiMSUM", "fit": "FiTv2", "dit-vssd": "DiT, VSSD", "dit-gla": "DiT, GLA"}
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
+REPEATED = ("dit", "dimsum")  # the models of which every seed is trained; of the others the first
 SAMPLES, EVERY, BATCH = 16_000, 100, 32  # images seen by each model, steps between its checkpoints, images per step
 LINE = 50  # steps to a line of metrics, as in the recipes
 EMOJI = "emoji-dit"
@@ -66,13 +67,19 @@ def runs() -> dict[str, tuple[str, list[str]]]:
         found[name] = (recipe, [*keys, *LOG])
     kept = ["log.sample_every_steps=100000", f"log.save_every_steps={EVERY}", "log.keep=100"]
     for seed in SEEDS:
-        for name, (recipe, keys) in MODELS.items():
+        for name in trained(seed):
+            recipe, keys = MODELS[name]
             budget = [f"train.num_samples={SAMPLES}", f"train.seed={seed}"]
             found[run_name(name, seed)] = (recipe, ["tokenizer.from={runs}/fashion-kl", *keys, *budget, *kept])
         if seed == SEEDS[0]:
             keys = ["tokenizer.from={runs}/emoji-kl-32", f"train.num_samples={EMOJI_SAMPLES}", *LOG]
             found[EMOJI] = ("toy/dit-kl-emoji", keys)
     return found
+
+
+def trained(seed: int) -> tuple[str, ...]:
+    """The models of this seed."""
+    return tuple(MODELS) if seed == SEEDS[0] else REPEATED
 
 
 def run_name(model: str, seed: int) -> str:
@@ -132,21 +139,6 @@ SAMPLERS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
 }
 
 
-class Store:
-    """Figures under names, in a JSON file: what is there is not measured again."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        if name not in self.values:
-            print("measure", name, flush=True)
-            self.values[name] = measure()
-            self.path.write_text(json.dumps(self.values, indent=1) + "\n")
-        return self.values[name]
-
-
 def judged(run: Path, sampler: dict[str, Any], count: int) -> dict[str, float]:
     """FD, where there is one class accuracy, calls of the network per sample (with guidance each of the two halves counts), and CPU seconds."""
     shown = 0  # samples the network was shown
@@ -176,14 +168,17 @@ def measure(folder: Path, only: str) -> None:
     """Everything that the runs allow which is not in measured.json yet."""
     store = Store(folder / "measured.json")
     for seed in SEEDS:
-        for model in MODELS:
+        for model in trained(seed):
             name = run_name(model, seed)
             if not fnmatch.fnmatch(name, only):
                 continue
             for path in checkpoints(folder, name):
                 at = f"{name} at {int(path.name) * BATCH}"
                 store.get(at, partial(judged, path, CURVE_SAMPLER, CURVE_COUNT))
-            if finished(folder, name):
+    for seed in SEEDS:
+        for model in trained(seed):
+            name = run_name(model, seed)
+            if finished(folder, name) and fnmatch.fnmatch(name, only):
                 store.get(f"{name} as its recipe", partial(judged, folder / name, {}, FINAL_COUNT))
     if finished(folder, EMOJI) and fnmatch.fnmatch(EMOJI, only):
         store.get(f"{EMOJI} as its recipe", partial(judged, folder / EMOJI, {}, FINAL_COUNT))
@@ -259,14 +254,14 @@ def draw(folder: Path) -> None:
     """docs/results/diffusion-*.png of what is there."""
     for model in MODELS:
         if finished(folder, run_name(model, SEEDS[0])):
-            picture(folder / run_name(model, SEEDS[0]), PICTURES / f"diffusion-{model}.png", 10)
+            picture(folder / run_name(model, SEEDS[0]), RESULTS / f"diffusion-{model}.png", 10)
     if finished(folder, EMOJI):
-        picture(folder / EMOJI, PICTURES / "diffusion-emoji-dit.png", 12)
+        picture(folder / EMOJI, RESULTS / "diffusion-emoji-dit.png", 12)
     measured = Store(folder / "measured.json").values
     if curves := {model: found for model in MODELS if (found := curve(measured, model))}:
-        plot_curves(PICTURES / "diffusion-convergence.png", curves)
+        plot_curves(RESULTS / "diffusion-convergence.png", curves)
     if lines := {title: points for title in SAMPLERS if (points := line(measured, title))}:
-        plot_samplers(PICTURES / "diffusion-samplers.png", lines, measured.get("floor"))
+        plot_samplers(RESULTS / "diffusion-samplers.png", lines, measured.get("floor"))
 
 
 def picture(run: Path, path: Path, columns: int) -> None:
@@ -310,38 +305,20 @@ def line(measured: dict[str, Any], title: str) -> list[dict[str, float]]:
     return [{**measured[name], "effort": value} for name, value in names.items() if name in measured]
 
 
-def axes(width: float, height: float) -> tuple[Any, Any, Any]:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(width, height))
-    return pyplot, figure, axis
-
-
-def save_plot(pyplot: Any, figure: Any, axis: Any, path: Path) -> None:
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
-
-
 def plot_curves(path: Path, curves: dict[str, list[tuple[int, list[float]]]]) -> None:
     """FD over images seen: the mean of the seeds, each seed a dot."""
-    pyplot, figure, axis = axes(7.5, 4.5)
+    figure, axis = axes(7.5, 4.5)
     for model, points in curves.items():
         (drawn,) = axis.plot([n for n, _ in points], [statistics.fmean(v) for _, v in points], label=TITLES[model])
         dots = [(n, value) for n, values in points for value in values]
         axis.plot(*zip(*dots, strict=True), ".", color=drawn.get_color())
     axis.set(yscale="log", xlabel="images seen in training", ylabel=f"FD (fashion-cnn-v1), N={CURVE_COUNT}")
-    save_plot(pyplot, figure, axis, path)
+    save_plot(figure, axis, path)
 
 
 def plot_samplers(path: Path, lines: dict[str, list[dict[str, float]]], least: dict[str, float] | None) -> None:
     """FD over calls of the network per sample."""
-    pyplot, figure, axis = axes(7.5, 4.5)
+    figure, axis = axes(7.5, 4.5)
     for title, points in lines.items():
         axis.plot([p["calls"] for p in points], [p["fd"] for p in points], "o-", label=title, markersize=4)
     if least is not None:
@@ -352,9 +329,8 @@ def plot_samplers(path: Path, lines: dict[str, list[dict[str, float]]], least: d
         xlabel="calls of the network per sample",
         ylabel=f"FD (fashion-cnn-v1), N={SAMPLER_COUNT}",
     )
-    axis.set_xticks([4, 8, 16, 32, 64, 128], ["4", "8", "16", "32", "64", "128"])
-    axis.set_xticks([], minor=True)
-    save_plot(pyplot, figure, axis, path)
+    counts_on_x(axis, [4, 8, 16, 32, 64, 128])
+    save_plot(figure, axis, path)
 
 
 # The page
@@ -362,17 +338,10 @@ def plot_samplers(path: Path, lines: dict[str, list[dict[str, float]]], least: d
 
 def page(folder: Path) -> None:
     """Write every table between its two marks in docs/results/diffusion.md; other text there stays."""
-    measured = Store(folder / "measured.json").values
-    text = PAGE.read_text(encoding="utf-8")
-    for name, lines in tables(folder, measured).items():
-        before, mark, after = text.partition(f"<!-- {name} -->\n")
-        if not mark:
-            raise SystemExit(f"{PAGE} has no place for the table {name}")
-        text = before + mark + "\n".join(lines) + "\n" + after[after.index("<!-- end -->") :]
-    PAGE.write_text(text, encoding="utf-8")
+    fill(PAGE, tables(folder, Store(folder / "measured.json").values))
 
 
-def tables(folder: Path, measured: dict[str, Any]) -> dict[str, list[str]]:
+def tables(folder: Path, measured: dict[str, Any]) -> dict[str, str]:
     curves = {model: dict(curve(measured, model)) for model in MODELS}
     seen = sorted({samples for points in curves.values() for samples in points})
     convergence = [
@@ -405,24 +374,19 @@ def tables(folder: Path, measured: dict[str, Any]) -> dict[str, list[str]]:
             [row for model in MODELS if (row := final(folder, measured, model))],
         ),
         "d": table(("sampler", "effort", "calls per sample", "FD, N=500", "CPU s"), steps),
-        "floor": ["*Not measured yet.*"]
+        "floor": "*Not measured yet.*"
         if least is None
-        else [
-            f"{least['images']:.2f} for the images themselves, {least['rebuilt']:.2f} for what the tokenizer makes of them."
-        ],
+        else f"{least['images']:.2f} for the images themselves, {least['rebuilt']:.2f} for what the tokenizer makes of them.",
     }
 
 
 def numbers(values: Sequence[float], digits: int = 2) -> str:
-    """The seeds' figures, one after the other."""
-    return ", ".join(f"{value:.{digits}f}" for value in values) or "-"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    if not rows or len(head) == 1:
-        return ["*Not measured yet.*"]
-    lines: list[Sequence[str]] = [head, tuple("---" if i == 0 else "---:" for i in range(len(head))), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    """Mean of the seeds, and by how much the furthest of them is away from it."""
+    if not values:
+        return "-"
+    mean = statistics.fmean(values)
+    spread = f" ± {max(abs(value - mean) for value in values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
 
 
 def final(folder: Path, measured: dict[str, Any], model: str) -> tuple[str, ...] | None:

@@ -10,7 +10,6 @@ It may be stopped at any time: what is finished is not done again.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import RESULTS, Store, fill, table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -31,15 +31,14 @@ from genkit.pipeline import open_run
 from genkit.reuse.rettention import Rettention
 from genkit.rng import sample_seeds
 
-ROOT = Path(__file__).parent.parent
-PAGE, PICTURE = ROOT / "docs/results/diffusion_reuse.md", ROOT / "docs/results/diffusion_reuse.png"
+PAGE, PICTURE = RESULTS / "diffusion_reuse.md", RESULTS / "diffusion_reuse.png"
 # FiTv2 on the pixels of 28x28 fashion images in patches of 2: 196 tokens. Its positions are interpolated on larger grids, so that it draws 128x128, 4,096
 # tokens, without training there.
 NAME = "fit-pixels"
 RECIPE: dict[str, Any] = {
     "data": {"type": "fashion", "source": "embedded", "split": "train"},
     "tokenizer": {"type": "pixels"},
-    "backbone": {"type": "fit", "dim": 96, "depth": 6, "num_heads": 2, "patch_size": 2, "mlp_dim": 192, "rope": "interpolate", "time_scale": 1000.0},
+    "backbone": {"type": "fit", "dim": 96, "depth": 4, "num_heads": 2, "patch_size": 2, "mlp_dim": 192, "rope": "interpolate", "time_scale": 1000.0},
     "objective": {"type": "flow", "time": "logit_normal"},
     "sampler": {"type": "euler", "num_steps": 20, "guidance": 2.0},
     "train": {"num_samples": 12_800, "batch_size": 32, "lr": 2e-3, "warmup_samples": 1_600, "weight_decay": 0.01, "ema": 0.995},
@@ -54,34 +53,17 @@ LEAST = 200  # a Frechet distance of fewer samples says nothing
 def settings() -> dict[str, dict[str, Any]]:
     """Name -> changes of the sampler."""
     found: dict[str, dict[str, Any]] = {"full": {}}
-    carries = {"Re-ttention": "both", "residual alone": "residual", "plain sparse": "none"}
-    for density in DENSITIES:
+    carries = {"Re-ttention": "both", "plain sparse": "none"}
+    for density in (0.1, 0.03, 0.25, 0.5):
         for title, carry in carries.items():
             found[f"{title}, {density:.0%}"] = {"reuse": {"type": "rettention", "density": density, "carry": carry}}
-        if density == 0.1:
-            base = found["Re-ttention, 10%"]["reuse"]
-            found["Re-ttention, 10%, ratio not raised"] = {"reuse": base | {"ramp": 0.0}}
-            found["Re-ttention, 10%, windows of tiles"] = {"reuse": base | {"pattern": "window", "tile": 2}}
-    for period in (2, 3):
-        for order in (0, 1, 2):
-            name = f"skipped blocks, one call in {period} full, order {order}"
-            found[name] = {"reuse": {"type": "skip_blocks", "period": period, "order": order}}
+    base = found["Re-ttention, 10%"]["reuse"]
+    found["residual alone, 10%"] = {"reuse": base | {"carry": "residual"}}
+    found["Re-ttention, 10%, ratio not raised"] = {"reuse": base | {"ramp": 0.0}}
+    for period, order in ((2, 1), (3, 0), (3, 1)):
+        name = f"skipped blocks, one call in {period} full, order {order}"
+        found[name] = {"reuse": {"type": "skip_blocks", "period": period, "order": order}}
     return found | {f"{steps} steps": {"num_steps": steps} for steps in (14, 10, 7)}
-
-
-class Store:
-    """Figures by name in a JSON file: what is there is not measured again."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        if name not in self.found:
-            self.found[name] = measure()
-            self.path.write_text(json.dumps(self.found, indent=1))
-            print(name, self.found[name], flush=True)
-        return self.found[name]
 
 
 def psnr(x: Tensor, exact: Tensor) -> float:
@@ -126,12 +108,12 @@ def measure(folder: Path, count: int) -> None:
         x = draw(pipe, changes, LARGE_COUNT, size=LARGE)
         return {"psnr": psnr(x, expected), "seconds": time.process_time() - started}
 
-    for name, changes in settings().items():
-        store.once(f"196 tokens: {name}", lambda changes=changes: small(changes))
     for density in DENSITIES:
-        store.once(f"attention: {density:.0%}", lambda density=density: attention(density))
+        store.get(f"attention: {density:.0%}", lambda density=density: attention(density))
     for name, changes in settings().items():
-        store.once(f"4096 tokens: {name}", lambda changes=changes: large(changes))
+        store.get(f"4096 tokens: {name}", lambda changes=changes: large(changes))
+    for name, changes in settings().items():
+        store.get(f"196 tokens: {name}", lambda changes=changes: small(changes))
 
 
 def attention(density: float) -> dict[str, float]:
@@ -155,8 +137,8 @@ def attention(density: float) -> dict[str, float]:
 
 
 SHOWN = (
-    "full", *(f"{title}, {density:.0%}" for density in (0.25, 0.1, 0.03) for title in ("Re-ttention", "residual alone", "plain sparse")),
-    "skipped blocks, one call in 3 full, order 0", "skipped blocks, one call in 3 full, order 1",
+    "full", *(f"{title}, {density:.0%}" for title in ("Re-ttention", "plain sparse") for density in DENSITIES),
+    "skipped blocks, one call in 3 full, order 1",
 )  # fmt: skip
 
 
@@ -169,44 +151,32 @@ def picture(folder: Path) -> None:
 
 def page(folder: Path) -> None:
     """Fills in the tables of the page, between its marks."""
-    found = json.loads((folder / "reuse.json").read_text())
-    text = PAGE.read_text()
-    for name, table in (("attention", attention_table(found)), ("steps", steps_table(found))):
-        before, _, rest = text.partition(f"<!-- {name} -->\n")
-        _, _, after = rest.partition("<!-- end -->")
-        text = f"{before}<!-- {name} -->\n{table}\n<!-- end -->{after}"
-    PAGE.write_text(text)
+    found = Store(folder / "reuse.json").values
+    fill(PAGE, {"attention": attention_table(found), "steps": steps_table(found)})
 
 
 def attention_table(found: dict[str, Any]) -> str:
-    lines = [
-        "| tokens seen | torch, full | by blocks, full | band | torch / band | blocks / band |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for density in DENSITIES:
         row = found[f"attention: {density:.0%}"]
         cells = [f"{1e3 * row[side]:.0f} ms" for side in ("torch", "blocks", "band")]
-        cells += [f"{row[side] / row['band']:.1f}x" for side in ("torch", "blocks")]
-        lines.append(f"| {density:.0%} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ratios = [f"{row[side] / row['band']:.1f}x" for side in ("torch", "blocks")]
+        rows.append((f"{density:.0%}", *cells, *ratios))
+    return table(("tokens seen", "torch, full", "by blocks, full", "band", "torch / band", "blocks / band"), rows)
 
 
 def steps_table(found: dict[str, Any]) -> str:
-    lines = [
-        "| | PSNR, 196 tokens | FD, 196 tokens | PSNR, 4,096 tokens | seconds, 4,096 tokens | full / this |",
-        "|---|---|---|---|---|---|",
-    ]
-    whole = found.get("4096 tokens: full", {}).get("seconds", math.nan)
+    rows, whole = [], found.get("4096 tokens: full", {}).get("seconds", math.nan)
     for name in settings():
         small, large = found.get(f"196 tokens: {name}", {}), found.get(f"4096 tokens: {name}", {})
         if not small and not large:  # not measured yet
             continue
-        is_exact = name == "full"
-        cells = ["-" if is_exact else _shown(small.get("psnr"), "{:.1f} dB"), _shown(small.get("frechet"), "{:.1f}")]
-        cells += ["-" if is_exact else _shown(large.get("psnr"), "{:.1f} dB"), _shown(large.get("seconds"), "{:.1f}")]
+        near, near_large = ("-" if name == "full" else _shown(at.get("psnr"), "{:.1f} dB") for at in (small, large))
         ratio = whole / large["seconds"] if "seconds" in large else None
-        lines.append(f"| {name} | {' | '.join(cells)} | {_shown(ratio, '{:.2f}x')} |")
-    return "\n".join(lines)
+        cells = [near, _shown(small.get("frechet"), "{:.1f}"), near_large, _shown(large.get("seconds"), "{:.1f}")]
+        rows.append((name, *cells, _shown(ratio, "{:.2f}x")))
+    head = ("", "PSNR, 196 tokens", "FD, 196 tokens", "PSNR, 4,096 tokens", "CPU s, 4,096 tokens", "full / this")
+    return table(head, rows)
 
 
 def _shown(value: float | None, form: str) -> str:

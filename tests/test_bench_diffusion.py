@@ -29,7 +29,7 @@ def test_networks_and_pipelines_of_both_sides_agree(suite: ModuleType) -> None:
         torch.testing.assert_close(suite.forward(ours, 2)(), suite.peer_forward(peer, 2)(), atol=1e-5, rtol=1e-5)
     exact, expected = suite.sampling(ours, 2)(), suite.peer_sampling(peer, 2)()
     torch.testing.assert_close(exact, expected, atol=1e-4, rtol=1e-4)
-    reused = suite.sampling(ours, 2, reuse=suite.SkipBlocks(**suite.REUSE))()
+    reused = suite.sampling(ours, 2, suite.SkipBlocks(**suite.REUSE))()
     assert 0 < (reused - exact).abs().max() < 0.05
 
 
