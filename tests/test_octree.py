@@ -60,7 +60,6 @@ def test_keys_hold_coordinates_and_sample(xyz, sample):
     assert torch.equal(up, xyz >> 1)
     child = (xyz & 1) @ torch.tensor([4, 2, 1])
     assert torch.equal(keys.first_child(keys.parent(key) & (2**45 - 1)) + child, keys.place(key))
-    assert torch.equal(keys.with_sample(key, 3) >> 48, torch.full_like(key, 3))
 
 
 # --- structure, against ocnn

@@ -60,11 +60,6 @@ def sample(key: Tensor) -> Tensor:
     return key >> BATCH_SHIFT
 
 
-def with_sample(key: Tensor, number: int) -> Tensor:
-    """The same place in another sample."""
-    return (key & _PLACE) | (number << BATCH_SHIFT)
-
-
 def _interleave(table: Tensor, xyz: Tensor) -> Tensor:
     spread = table.index_select(0, xyz.movedim(-1, 0).long().flatten()).view(3, *xyz.shape[:-1])
     return spread[0] << 2 | spread[1] << 1 | spread[2]
