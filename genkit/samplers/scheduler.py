@@ -66,11 +66,10 @@ class Scheduler:
             raise UsageError(
                 f"{self._cls.__name__} needs the discrete chain (objective.type=diffusion); this is a {type(path).__name__} path"
             )
-        t = torch.arange(1, path.num_times + 1, dtype=torch.float64) / path.num_times
-        abar = path.alpha(t).square()
-        betas = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         unclipped = {"clip_sample": False} if _takes(self._cls, "clip_sample") else {}
-        return self._cls(num_train_timesteps=path.num_times, trained_betas=betas.tolist(), **unclipped | self.options)
+        return self._cls(
+            num_train_timesteps=path.num_times, trained_betas=path.betas().tolist(), **unclipped | self.options
+        )
 
 
 def _wanted(kind: str, x0: Tensor, noise: Tensor, path: Any, t: Tensor) -> Tensor:
