@@ -31,10 +31,13 @@ class Layer(nn.Module):
 def run_rettention(case: Any) -> Outputs:
     config, weights = case.config, case.weights
     H, first = config["heads"], config["start_step"]
-    mixer = Attention(dim=config["query_dim"], layer=0, num_heads=H, qk_norm=False, rope=False)
+    dim, inner = config["query_dim"], H * config["dim_head"]
+    mixer = Attention(dim=dim, layer=0, num_heads=H, head_dim=config["dim_head"], qk_norm=False, rope=False)
+    weights = {f"to_{part}.bias": torch.zeros(inner) for part in "qkv"} | weights  # theirs may be without
     joined = {f"qkv.{kind}": torch.cat([weights[f"to_{part}.{kind}"] for part in "qkv"]) for kind in ("weight", "bias")}
     mixer.load_state_dict(joined | {f"proj.{kind}": weights[f"to_out.0.{kind}"] for kind in ("weight", "bias")})
-    reuse = Rettention(density=config["sparsity"], clamp=False)
+    has_ratio = config.get("use_ratio", True)
+    reuse = Rettention(density=config["sparsity"], clamp=False, refreshes=3, carry="both" if has_ratio else "residual")
     model = reuse.start(Layer(mixer))
     model.calls = first
     layout = dense_layout((config["seq"],))
@@ -42,15 +45,22 @@ def run_rettention(case: Any) -> Outputs:
     for k in range(config["steps"]):
         hidden = case.inputs[f"hidden_{k}"]
         outputs[f"out_{k}"] = model(hidden, None, {}, layout)
-        if reuse.schedule.what(first + k) == "plain":
-            # Theirs measures the ratio in plain steps too, where nothing reads it.
-            q, key, v = mixer.qkv(hidden).unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4)
-            outputs[f"ratio_after_{k}"] = measure(q, key, v, reuse.pattern_for(q)[0], None)[1].flatten(0, 1)
+        what = reuse.schedule.what(first + k)
+        if what == "plain" or not has_ratio:
+            # Theirs measures the ratio also where nothing reads it.
+            if what != "reuse":
+                q, key, v = mixer.qkv(hidden).unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4)
+                unread = measure(q, key, v, reuse.pattern_for(q)[0], None)[1].flatten(0, 1)
+            else:
+                unread = unread + reuse.ramp
+            outputs[f"ratio_after_{k}"] = unread
+        if what == "plain":
             continue
         (kept,) = model.kept.values()
         assert isinstance(kept, Statistics)
         ((ratio, residual),) = kept.layers
-        outputs[f"ratio_after_{k}"] = ratio.flatten(0, 1).clone()
+        if has_ratio:
+            outputs[f"ratio_after_{k}"] = ratio.flatten(0, 1).clone()
         # Theirs is kept behind the output projection.
         outputs[f"residual_after_{k}"] = linear(residual.transpose(1, 2).flatten(2), mixer.proj.weight)
     q, key, ratio = (case.inputs[name][None] for name in ("q", "k", "ratio"))

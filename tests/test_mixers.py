@@ -31,7 +31,12 @@ DIM = 32
 GRID = (7, 5)
 # Options under which a mixer is tested besides its defaults, and instead of them where they do not fit a tiny size.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "attention": [{}, {"is_causal": True}, {"qk_norm": False, "rope": False, "num_heads": 2}],
+    "attention": [
+        {},
+        {"is_causal": True},
+        {"qk_norm": False, "rope": False, "num_heads": 2},
+        {"head_dim": 6, "num_heads": 3},
+    ],
     "axial": [{}, {"combine": "alternate"}],
     "block_sparse": [{"tile": 2}] + [{"pattern": p, "tile": 2, "reach": 3} for p in ("band", "axial", "random", "top")],
     "gla": [{}, {"gate_divisor": 1.0}],
@@ -657,6 +662,7 @@ def test_a_list_of_mixers_is_a_pattern_over_the_depth():
     ("word", "options", "message"),
     [
         ("attention", {"num_heads": 5}, "num_heads=5 does not divide"),
+        ("attention", {"head_dim": 7}, "head_dim=7 .* even with rope"),
         ("hornet", {"order": 7}, "order=7"),
         ("hornet", {"kernel_size": 4}, "kernel_size=4 must be odd"),
         ("window", {"size": 0}, "size=0"),

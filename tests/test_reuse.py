@@ -19,7 +19,7 @@ from genkit.nn.layout import dense_layout
 from genkit.nn.through import through
 from genkit.objectives.flow import Flow
 from genkit.pipeline import GeneratorPipeline
-from genkit.reuse.calls import Carried, Schedule
+from genkit.reuse.calls import Carried, Schedule, check_schedule
 from genkit.reuse.rettention import Rettention
 from genkit.reuse.skip_blocks import Added, SkipBlocks
 from genkit.rng import Rng
@@ -82,6 +82,12 @@ def test_published_schedules():
         words = [schedule.what(step) for step in range(total)]
         assert [i for i, word in enumerate(words) if word == "plain"] == list(range(plain))
         assert [i for i, word in enumerate(words) if word == "full"] == list(range(plain, total, 5))
+    few = [
+        Schedule(5, 5, most=3).what(step) for step in range(40)
+    ]  # the processor for PixArt, had it more than 20 steps
+    assert [i for i, word in enumerate(few) if word == "full"] == [5, 10, 15]
+    with pytest.raises(UsageError, match=r"reuse.refreshes=0 must be at least 1"):
+        check_schedule("rettention", 5, 5, most=0)
 
 
 class Spy(torch.nn.Module):

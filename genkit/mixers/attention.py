@@ -22,11 +22,12 @@ class Attention(nn.Module):
     attended to; what comes out at padding has no meaning.
 
     Args:
-        dim: D, divisible by num_heads.
+        dim: D, divisible by num_heads unless head_dim is given.
         layer: number of the layer, the key under which a mixer keeps things in a cache.
         rope_base: the longest wavelength of the rotation nears 2 pi rope_base tokens; axes are short, hence 100 where
             text models use 10000.
         num_kv_heads: fewer heads of keys and values than of queries, each shared by as many queries (Ainslie et al., "GQA", 2023); None = as many.
+        head_dim: K, of every head; None = D / num_heads.
         bias: of the two linear maps.
         is_causal: each token sees itself and the tokens before it. With a cache, keys and values of earlier calls are
             kept (see TokenMixer).
@@ -47,11 +48,17 @@ class Attention(nn.Module):
         rope: bool = True,
         rope_base: float = 100.0,
         num_kv_heads: int | None = None,
+        head_dim: int | None = None,
         bias: bool = True,
         is_causal: bool = False,
     ):
         super().__init__()
-        self.layer, self.num_heads, self.head_dim = layer, num_heads, width_per_head(dim, num_heads)
+        if head_dim is not None and (num_heads < 1 or head_dim < 1 or (rope and head_dim % 2)):
+            raise UsageError(
+                f"mixer.head_dim={head_dim} and mixer.num_heads={num_heads} must be at least 1, and head_dim even with rope"
+            )
+        self.layer, self.num_heads = layer, num_heads
+        self.head_dim = width_per_head(dim, num_heads) if head_dim is None else head_dim
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
             raise UsageError(f"mixer.num_kv_heads={num_kv_heads} must divide mixer.num_heads={num_heads}")
@@ -60,7 +67,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, (num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=bias)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim, bias=bias)
+        self.proj = nn.Linear(num_heads * self.head_dim, dim, bias=bias)
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)

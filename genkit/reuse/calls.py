@@ -20,14 +20,19 @@ What = Literal["plain", "full", "reuse"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Calls 0 .. first - 1 are plain; call `first` and every period-th after it are full, and kept; those in between reuse what was kept."""
+    """Calls 0 .. first - 1 are plain; call `first` and every period-th after it are full, and kept; those in between reuse what was kept.
+
+    At most `most` calls are full where it is given, and those after them reuse the last.
+    """
 
     first: int
     period: int
+    most: int | None = None
 
     def last(self, call: int) -> int:
         """The latest full call at or before this one; of plain calls, the first full one."""
-        return self.first + max(0, call - self.first) // self.period * self.period
+        count = max(0, call - self.first) // self.period
+        return self.first + self.period * (count if self.most is None else min(count, self.most - 1))
 
     def what(self, call: int) -> What:
         if call < self.first:
@@ -73,10 +78,12 @@ def heeding(model: Any, key: str) -> list[Any]:
     return [module for module in model.modules() if key in getattr(module, "heeds", ())]
 
 
-def check_schedule(name: str, full_steps: int, period: int) -> Schedule:
+def check_schedule(name: str, full_steps: int, period: int, most: int | None = None) -> Schedule:
     """Raises UsageError for numbers that make no schedule."""
+    if most is not None and most < 1:
+        raise UsageError(f"sampler.reuse.refreshes={most} must be at least 1, or none given (reuse.type={name})")
     if full_steps < 0 or period < 1:
         raise UsageError(
             f"sampler.reuse.full_steps={full_steps} must be at least 0 and sampler.reuse.period={period} at least 1 (reuse.type={name})"
         )
-    return Schedule(full_steps, period)
+    return Schedule(full_steps, period, most)

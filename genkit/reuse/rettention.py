@@ -38,6 +38,7 @@ class Rettention:
         pattern: "band" the tokens next to it in raster order, as released; "window" the tiles around its own along every axis, never cut at borders.
         full_steps: so many calls of the model at the beginning are plain. 5 of 20 in the release for PixArt, 10 of 50 for HunyuanDiT, 15 of 50 for CogVideoX.
         period: one call in so many is full from then on, the first of them at once; 5 as released.
+        refreshes: so many calls are full and measured at most, those after them live on the last; None = to the end. The release for PixArt stops after 3.
         ramp: what every sparse step adds to the ratio; 0.04 as released.
         clamp: the ratio stays at most 1, as by definition; the release lets it grow.
         carry: "both" ratio and residual; "residual" alone, R = O_all - O_M (DiTFastAttn, Yuan et al., 2024); "none" is plain sparse attention.
@@ -53,6 +54,7 @@ class Rettention:
         pattern: Literal["band", "window"] = "band",
         full_steps: int = 5,
         period: int = 5,
+        refreshes: int | None = None,
         ramp: float = 0.04,
         clamp: bool = True,
         carry: Carry = "both",
@@ -62,7 +64,7 @@ class Rettention:
             raise UsageError(f"sampler.reuse.density={density} must be in (0, 1]")
         if ramp < 0 or tile < 1:
             raise UsageError(f"sampler.reuse.ramp={ramp} must not be negative, sampler.reuse.tile={tile} at least 1")
-        self.schedule = check_schedule("rettention", full_steps, period)
+        self.schedule = check_schedule("rettention", full_steps, period, refreshes)
         self.density, self.pattern, self.tile = density, pattern, tile
         self.ramp, self.clamp, self.carry = ramp, clamp, carry
 
