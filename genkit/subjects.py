@@ -89,12 +89,12 @@ def open_subject(target: Any, sampling: Sampling, *, ema: bool, device: torch.de
     if path.suffix.lower() == ".npz":
         return _of_images(sources.from_npz(path), weights, path)
     if not path.exists():
-        raise UsageError(f"{path} does not exist; give a run, a folder or zip of images, or an npz")
+        raise UsageError(f"{path} does not exist; give a run, a folder or zip of images, an npz, or meshes")
     if path.suffix.lower() == ".zip":
         return _of_images(sources.from_zip(path, fashion_net.FashionCNN.class_names), weights, path)
     if not path.is_dir():
         raise UsageError(
-            f"{path} is not something that can be evaluated; give a run, a folder or zip of images, or an npz"
+            f"{path} is not something that can be evaluated; give a run, a folder or zip of images, an npz, or meshes (obj, ply, stl, off, glb)"
         )
     if any(
         (path / name).exists() for name in ("config.resolved.yaml", "model_index.json", "pipeline/model_index.json")

@@ -137,7 +137,7 @@ BAD = {
     "empty.obj": (b"", "empty file"),
     "points.obj": (b"v 0 0 0\nv 1 0 0\n", r"no faces \(2 vertices\)"),
     "word.obj": (b"v 0 0 zero\nf 1 1 1\n", "no number"),
-    "far.obj": (b"v 0 0 0\nv 1 0 0\nf 1 2 9\n", "a face names vertex 8 of 2"),
+    "far.obj": (b"v 0 0 0\nv 1 0 0\nf 1 2 9\n", "a face names vertex 8, counted from 0, of 2"),
     "zero.obj": (b"v 0 0 0\nf 0 1 1\n", "line 2: a face names vertex 0"),
     "two.obj": (b"v 0 0 0\nf 1 1\n", "no faces"),
     "nan.obj": (b"v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "not finite"),

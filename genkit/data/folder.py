@@ -266,7 +266,7 @@ def scan(path: str) -> list[str]:
     if not root.exists():
         raise UsageError(f"no such folder: {path}")
     if not root.is_dir():
-        raise UsageError(f"{path} is a file; data.path must be a folder of images")
+        raise UsageError(f"{path} is a file; data.path must be a folder")
 
     def refuse(error: OSError) -> None:
         raise UsageError(f"{error.filename} cannot be listed: {error.strerror}")

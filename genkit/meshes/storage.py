@@ -54,7 +54,7 @@ def _checked(found: Polygons | None) -> Mesh:
         raise ValueError("empty file")
     if len(found.corners) and (found.corners.min() < 0 or found.corners.max() >= len(found.vertices)):
         wrong = found.corners.max() if found.corners.max() >= len(found.vertices) else found.corners.min()
-        raise ValueError(f"a face names vertex {wrong} of {len(found.vertices)}")
+        raise ValueError(f"a face names vertex {wrong}, counted from 0, of {len(found.vertices)}")
     with np.errstate(over="ignore"):
         vertices = torch.from_numpy(found.vertices.astype(np.float32))
     mesh = Mesh(vertices, torch.from_numpy(found.triangles()))
