@@ -38,12 +38,8 @@ def clouds(case: Case) -> Octree:
 
 def run_octree(case: Case) -> Outputs:
     config, octree = case.config, clouds(case)
-    depths = range(config["full_depth"], config["depth"] + 1)
+    depths = range(octree.depth + 1)
     d, dv, ds = config["neigh_depth"], config["voxel_depth"], config["search_depth"]
-    xyzb = {i: torch.cat([octree.xyz(i), octree.samples(i)[:, None]], 1) for i in depths}
-    outputs: Outputs = {f"key_{i}": octree.keys[i] for i in depths}
-    outputs |= {f"children_{i}": octree.children[i] for i in depths}
-    outputs |= {f"xyzb_{i}": rows[:200] if i == octree.depth else rows for i, rows in xyzb.items()}
     point, owner = values.to_points(octree)
     query = case.inputs["query_xyzb"]
     features = torch.arange(octree.count(d) * 4).float().sin().view(-1, 4)
@@ -51,28 +47,39 @@ def run_octree(case: Case) -> Outputs:
     conv.load_state_dict({"weight": case.weights["weights"][None], "bias": case.weights["bias"]})
     occupied = torch.arange(octree.count_occupied(d) * 4).float().sin().view(-1, 4)
     regrown = grow(splits_of(octree), full_depth=octree.full_depth, depth=octree.depth, batch_size=octree.batch_size)
-    outputs |= {
-        "nnum": torch.tensor([octree.count(i) for i in range(octree.depth + 1)]),
-        "nnum_nempty": torch.tensor([octree.count_occupied(i) for i in range(octree.depth + 1)]),
-        "neigh_4": octree.neighbours(d),
-        f"neigh_{d}": octree.neighbours(d),
-        f"neigh_nempty_333_{d}": octree.neighbours_of(d, is_dense=False),
-        f"neigh_nempty_stride2_{d}": octree.neighbours_of(d, "222", 2, is_dense=False),
-        "points_avg": _given(octree.points),
-        "normals_avg": _given(octree.normals),
-        "features_avg": _given(octree.features),
-        **{f"input_{kind}": values.input_features(octree, kind, is_dense=False) for kind in ("L", "P", "F", "ND")},
+    outputs: Outputs = {
+        "nnum": torch.tensor([octree.count(i) for i in depths]),
+        "nnum_nempty": torch.tensor([octree.count_occupied(i) for i in depths]),
         "to_points": point,
         "to_points_batch": owner[:, None],
         "voxel": values.to_voxels(torch.arange(1, octree.count(dv) + 1.0)[:, None], octree, dv),
         "search": octree.search(query[:, :3], query[:, 3].long(), ds),
-        f"shuffled_key_{ds}": keys.encode(octree.xyz(ds), octree.samples(ds)),
         "max_pool": values.max_pool(features, octree, d),
         "avg_pool": values.average_pool(features, octree, d),
         "octree_pad": values.pad(occupied, octree, d),
         "conv333": conv(features, octree, d),
-        "regrown_equal": torch.tensor([int(torch.equal(regrown.keys[i], octree.keys[i])) for i in depths]),
+        "regrown_equal": torch.tensor(
+            [int(torch.equal(regrown.keys[i], octree.keys[i])) for i in depths[octree.full_depth :]]
+        ),
     }
+    for i in depths:
+        xyz, samples = octree.xyz(i), octree.samples(i)
+        rows = torch.cat([xyz, samples[:, None]], 1)
+        outputs |= {
+            f"key_{i}": octree.keys[i],
+            f"children_{i}": octree.children[i],
+            f"xyzb_{i}": rows[:200] if i == octree.depth else rows,
+            f"shuffled_key_{i}": keys.encode(xyz, samples),
+            f"neigh_{i}": octree.neighbours(i),
+            f"neigh_nempty_333_{i}": octree.neighbours_of(i, is_dense=False),
+            f"neigh_nempty_stride2_{i}": octree.neighbours_of(i, "222", 2, is_dense=False),
+        }
+    for name in ("points", "normals", "features"):
+        if (average := getattr(octree, name)) is not None:
+            outputs[f"{name}_avg"] = average
+    for name in case.outputs:
+        if name.startswith("input_"):
+            outputs[name] = values.input_features(octree, name.removeprefix("input_"), is_dense=False)
     return outputs
 
 
@@ -143,11 +150,6 @@ def run_octgpt(case: Case) -> Outputs:
             outputs[f"{name}{kind}_tf_mask_blocked"] = blocked[shown]
             outputs[f"{name}{kind}_tf_mask_blocked_count"] = blocked.flatten(1).sum(1)
     return {name: value for name, value in outputs.items() if name in case.outputs}
-
-
-def _given(x: Tensor | None) -> Tensor:
-    assert x is not None
-    return x
 
 
 def _binary(z: Tensor) -> Outputs:
