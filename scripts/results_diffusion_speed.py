@@ -30,9 +30,9 @@ seconds by ours, above 1 we are faster.
 WHY_DIMSUM = """The goal for DiMSUM, ten times the same network on the reference scan, is out of reach on this machine, whatever the scan costs: the reference, a loop in torch
 over tokens, takes no more than one to three times as long as the network's matrix products and attention, and those are the same on both sides. The scan alone
 against that loop is on the page of [kernels](kernels.md)."""
-WHERE = """The exact gain comes from oneDNN's linear layers with weights laid out once for all steps, the GELU and the bias in the same pass (`genkit/nn/packed.py`), and
-conditions computed once where diffusers computes them in every block. Both run at the machine's speed of matrix products otherwise, so that there is no more to
-be had without computing less: skipped blocks are `sampler.reuse.type=skip_blocks`, see [diffusion_reuse.md](diffusion_reuse.md)."""
+WHERE = """The exact gain is oneDNN's linear layers with weights laid out once for all steps, bias and GELU in the same pass (`genkit/nn/packed.py`), and shifts, scales and
+gates in one pass each. Both sides run near the machine's speed of matrix products otherwise, so that more is to be had only by computing less: skipped blocks are
+`sampler.reuse.type=skip_blocks`, see [diffusion_reuse.md](diffusion_reuse.md)."""
 
 
 def measure(part: str, quick: bool, threads: int) -> Any:
