@@ -41,7 +41,7 @@ LOG = ["log.sample_every_steps=100000", "log.save_every_steps=100000"]
 # The tokenizers, and for how many images they are trained.
 TOKENIZERS = {
     "fashion-kl": ("toy/kl-fashion", ["train.num_samples=8_000"]),
-    "emoji-kl-32": ("toy/kl-emoji", ["data.size=32", "tokenizer.stride=4", "train.num_samples=8_000"]),
+    "emoji-kl-32": ("toy/kl-emoji-32", []),
 }
 # Effect (a): name -> (recipe, what is changed in it).
 MODELS: dict[str, tuple[str, list[str]]] = {
@@ -56,8 +56,7 @@ SEEDS = (0, 1, 2)
 REPEATED = ("dit", "dimsum")  # the models of which every seed is trained; of the others the first
 SAMPLES, EVERY, BATCH = 16_000, 100, 32  # images seen by each model, steps between its checkpoints, images per step
 LINE = 50  # steps to a line of metrics, as in the recipes
-EMOJI = "emoji-dit"
-EMOJI_SAMPLES = 25_600
+EMOJI, EMOJI_RECIPE = "emoji-dit", "toy/dit-kl-emoji"
 
 
 def runs() -> dict[str, tuple[str, list[str]]]:
@@ -72,8 +71,7 @@ def runs() -> dict[str, tuple[str, list[str]]]:
             budget = [f"train.num_samples={SAMPLES}", f"train.seed={seed}"]
             found[run_name(name, seed)] = (recipe, ["tokenizer.from={runs}/fashion-kl", *keys, *budget, *kept])
         if seed == SEEDS[0]:
-            keys = ["tokenizer.from={runs}/emoji-kl-32", f"train.num_samples={EMOJI_SAMPLES}", *LOG]
-            found[EMOJI] = ("toy/dit-kl-emoji", keys)
+            found[EMOJI] = (EMOJI_RECIPE, ["tokenizer.from={runs}/emoji-kl-32", *LOG])
     return found
 
 
@@ -181,12 +179,12 @@ def measure(folder: Path, only: str) -> None:
             if finished(folder, name) and fnmatch.fnmatch(name, only):
                 store.get(f"{name} as its recipe", partial(judged, folder / name, {}, FINAL_COUNT))
     if finished(folder, EMOJI) and fnmatch.fnmatch(EMOJI, only):
-        store.get(f"{EMOJI} as its recipe", partial(judged, folder / EMOJI, {}, FINAL_COUNT))
+        store.get(EMOJI, partial(emoji, folder / EMOJI))
     if finished(folder, "fashion-kl") and fnmatch.fnmatch("fashion-kl", only):
         store.get("floor", partial(floor, folder))
     for model in MODELS:
         if fnmatch.fnmatch(model, only):
-            store.get(f"step {model}", partial(step_cost, model))
+            store.get(f"step {model}", partial(step_cost, *MODELS[model]))
     best = run_name("dit", SEEDS[0])
     if finished(folder, best) and fnmatch.fnmatch("samplers", only):
         efforts = [
@@ -196,6 +194,20 @@ def measure(folder: Path, only: str) -> None:
             spec, key, _ = SAMPLERS[title]
             sampler = {**spec, key: value, "guidance": 1.0}
             store.get(f"sampler {title} {key}={value}", partial(judged, folder / best, sampler, SAMPLER_COUNT))
+
+
+def emoji(run: Path) -> dict[str, float]:
+    """What 1,000 samples of the recipe's own sampler are like, and how near to training images; the same of held-out images for comparison."""
+    told = [{"type": kind, "features": "emoji-cnn"} for kind in ("frechet", "memorisation")]
+    pipe = open_run(run)
+    data = pipe.run_config["data"]
+    held_out = registry.build("data", {**data, "split": "val"})
+    x = torch.stack([held_out[i]["x"] for i in range(len(held_out))])
+    found: dict[str, float] = {"held out": len(x)}
+    for name, of, count in (("", pipe, FINAL_COUNT), (" of held-out images", Shown(x, data), len(x))):
+        for row in genkit.evaluate(of, metrics=told, count=count, batch_size=250).rows:
+            found[row["metric"].split()[0] + name] = row["value"]
+    return found
 
 
 class Shown:
@@ -228,9 +240,8 @@ def floor(folder: Path) -> dict[str, float]:
     return found
 
 
-def step_cost(model: str) -> float:
-    """Milliseconds of CPU of a training step with one thread: the least of ten."""
-    recipe, keys = MODELS[model]
+def step_cost(recipe: str, keys: list[str]) -> float:
+    """Milliseconds of CPU of a training step of BATCH latents with one thread: the least of ten."""
     settings = config.resolve(recipes.resolve(recipe), keys, None)
     network = registry.build("backbone", settings["backbone"], channels=4, num_classes=10, grid=(8, 8))
     objective, optimizer = registry.build("objective", settings["objective"]), adamw(network, settings["train"])
@@ -356,7 +367,7 @@ def tables(folder: Path, measured: dict[str, Any]) -> dict[str, str]:
             steps.append(
                 (title, f"{key}={p['effort']:g}", f"{p['calls']:.0f}", f"{p['fd']:.2f}", f"{p['seconds']:.0f}")
             )
-    least = measured.get("floor")
+    least, drawn = measured.get("floor"), measured.get(EMOJI)
     lost = {model: losses(folder, model) for model in MODELS}
     read = sorted({samples for points in lost.values() for samples in points})
     return {
@@ -374,10 +385,26 @@ def tables(folder: Path, measured: dict[str, Any]) -> dict[str, str]:
             [row for model in MODELS if (row := final(folder, measured, model))],
         ),
         "d": table(("sampler", "effort", "calls per sample", "FD, N=500", "CPU s"), steps),
+        "emoji": "*Not measured yet.*" if drawn is None else emoji_table(drawn),
         "floor": "*Not measured yet.*"
         if least is None
         else f"{least['images']:.2f} for the images themselves, {least['rebuilt']:.2f} for what the tokenizer makes of them.",
     }
+
+
+def emoji_table(found: dict[str, float]) -> str:
+    """The samples beside held-out images, which are few: FD grows as their number falls."""
+    rows = [
+        (
+            f"{title}, N={count:,}",
+            *(f"{found[key + of]:.{digits}f}" for key, digits in (("FD", 1), ("AuthPct", 1), ("near-copies", 3))),
+        )
+        for title, of, count in (
+            ("samples", "", FINAL_COUNT),
+            ("held-out images", " of held-out images", found["held out"]),
+        )
+    ]
+    return table(("", "FD to the training images", "AuthPct", "share of near-copies"), rows)
 
 
 def numbers(values: Sequence[float], digits: int = 2) -> str:
