@@ -33,11 +33,11 @@ def run_dit(case: Any) -> Outputs:
 
     network = convert(case.weights, case.config)
     x, t, y = (case.inputs[name] for name in ("x", "t", "y"))
-    y_cfg = torch.cat([y[:2], torch.full_like(y[:2], case.config["num_classes"])])
-    return {
-        "forward": call(network, x, t, y),
-        "forward_with_cfg": guided(network, x, t, y_cfg, case.inputs["cfg_scale"], 3),
-    }
+    outputs = {"forward": call(network, x, t, y)}
+    if network.config["null_class"]:
+        y_cfg = torch.cat([y[:2], torch.full_like(y[:2], case.config["num_classes"])])
+        outputs["forward_with_cfg"] = guided(network, x, t, y_cfg, case.inputs["cfg_scale"], 3)
+    return outputs
 
 
 def run_dit_diffusers(case: Any) -> Outputs:
@@ -61,32 +61,38 @@ def run_fit(case: Any) -> Outputs:
     from genkit.importers.fit import convert
 
     network = convert(case.weights, case.config)
+    is_sit = case.config.get("use_sit", False)  # then tokens are [B, N, C] in and out
     x, t, y, layout = case.inputs["x"], case.inputs["t"], case.inputs["y"], fit_layout(case.inputs)
+    x = x.transpose(1, 2) if is_sit else x
     cond = {"label": torch.where(y == case.config["num_classes"], -1, y)}
-    times = {
-        "forward": t,
-        "forward_t_int_noclamp": case.inputs["t_int"],
-        "forward_t_int_head": case.inputs["t_int"].clamp_max(1),
-    }
-    return {name: network(x, t, cond, layout) for name, t in times.items()}
+    times = {"forward": t}
+    if "t_int" in case.inputs:
+        whole = case.inputs["t_int"]
+        times |= {"forward_t_int_noclamp": whole, "forward_t_int_head": whole.clamp_max(1)}
+    outputs = {name: network(x, t, cond, layout) for name, t in times.items()}
+    return {name: value.transpose(1, 2) if is_sit else value for name, value in outputs.items()}
 
 
 def run_fitv2(case: Any) -> Outputs:
     from genkit.importers.fit import convert
 
+    outputs = run_fit(case)
     network = convert(case.weights, case.config)
-    x, t, y, layout = case.inputs["x"].transpose(1, 2), case.inputs["t"], case.inputs["y"], fit_layout(case.inputs)
+    if not network.config["null_class"]:
+        return outputs
+    is_sit = case.config.get("use_sit", False)
+    x, t, y, layout = case.inputs["x"], case.inputs["t"], case.inputs["y"], fit_layout(case.inputs)
+    x = x.transpose(1, 2) if is_sit else x
     null, strength = torch.full_like(y, -1), case.inputs["cfg_scale"]
-    label = torch.where(y == case.config["num_classes"], -1, y)
-    out = network(x, t, {"label": label}, layout)
+    out = outputs["forward"].transpose(1, 2) if is_sit else outputs["forward"]
     poor = network(x, t, {"label": null}, layout)
     cells = 3 * case.config["patch_size"] ** 2  # tokens hold the channel slowest: these are the first three
-    outputs = {"forward": out}
     grown = power_cosine(strength, case.inputs["scale_pow"], t)[:, None, None]
     for name, w in (("forward_with_cfg", strength), ("forward_with_cfg_pow", grown)):
         guided = torch.lerp(poor[:, :cells], out[:, :cells], w)
-        outputs[name] = torch.cat([torch.cat([guided, half[:, cells:]], dim=1) for half in (out, poor)])
-    return {name: value.transpose(1, 2) for name, value in outputs.items()}
+        both = torch.cat([torch.cat([guided, half[:, cells:]], dim=1) for half in (out, poor)])
+        outputs[name] = both.transpose(1, 2) if is_sit else both
+    return outputs
 
 
 @patch(
@@ -112,26 +118,30 @@ def run_dimsum(case: Any) -> Outputs:
         seen.setdefault("block0_freq", args[1][:1])
 
     keep(block, "block0", "block0_residual")
-    keep(network.blocks[1], "block1", "block1_residual")
+    if len(network.blocks) > 1:
+        keep(network.blocks[1], "block1", "block1_residual")
     keep(block.spatial, "block0_spatial")
-    keep(network.shared, "first_shared_attn")
+    if network.shared is not None:
+        keep(network.shared, "first_shared_attn")
     block.fusion.register_forward_hook(keep_inputs)  # the frequency branch as a whole ends where the fusion begins
     outputs = {"forward": call(network, x, t, y)}
-    del seen["block1_residual"]
-    grid = (8, 8)
-    t_cfg, null = torch.cat([t[:2], t[:2]]), torch.full_like(y[:2], case.config["num_classes"])
-    y_cfg, strength = torch.cat([y[:2], null]), case.inputs["cfg_scale"]
-    grown = power_cosine(strength, case.inputs["scale_pow"], t[:2])[:, None, None, None]
+    seen.pop("block1_residual", None)
+    grid = tuple(length // side for length, side in zip(x.shape[2:], network.sides, strict=True))
+    channels = case.config["in_channels"]
+    if network.config["null_class"]:
+        t_cfg, null = torch.cat([t[:2], t[:2]]), torch.full_like(y[:2], case.config["num_classes"])
+        y_cfg, strength = torch.cat([y[:2], null]), case.inputs["cfg_scale"]
+        grown = power_cosine(strength, case.inputs["scale_pow"], t[:2])[:, None, None, None]
+        outputs["forward_with_cfg"] = guided(network, x, t_cfg, y_cfg, strength, channels)
+        outputs["forward_with_adacfg"] = guided(network, x, t_cfg, y_cfg, grown, channels)
     bands = haar_packet(seq, grid)
     return (
         outputs
         | seen
         | {
-            "forward_with_cfg": guided(network, x, t_cfg, y_cfg, strength, 4),
-            "forward_with_adacfg": guided(network, x, t_cfg, y_cfg, grown, 4),
             "dwt_seq": bands,
             "idwt_of_dwt": inverse_haar_packet(bands, grid),
-            "local_scan_row": window_order(8, 8, False).visit(seq),
-            "local_scan_col": window_order(8, 8, True).visit(seq),
+            "local_scan_row": window_order(*grid, False).visit(seq),
+            "local_scan_col": window_order(*grid, True).visit(seq),
         }
     )

@@ -335,8 +335,16 @@ def test_weights_that_do_not_fit_are_named():
         dit.convert(state | {"pos_embed": torch.zeros(1, 15, 16)}, CONFIG)
     with pytest.raises(UsageError, match="no published network has a width of 16"):
         dit.convert(state)
-    with pytest.raises(UsageError, match="no row for no class"):
-        dit.convert(state, {**CONFIG, "class_dropout_prob": 0})
+
+
+def test_weights_without_a_null_class_want_labels():
+    model = dit.convert(official(), {**CONFIG, "class_dropout_prob": 0})
+    rows = official()["y_embedder.embedding_table.weight"].shape[0]
+    x, t = torch.zeros(1, 3, 8, 8), torch.zeros(1)
+    assert model.config["num_classes"] == rows
+    assert model(x, t, {"label": torch.tensor([rows - 1])}, dense_layout((8, 8))).isfinite().all()
+    with pytest.raises(UsageError, match="knows no null class"):
+        model(x, t, {}, dense_layout((8, 8)))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from genkit.errors import GenkitError, UsageError
 from genkit.importers import fit
 from genkit.importers.names import source_of
 from genkit.interfaces import Layout
-from genkit.nn.extrapolation import Extrapolation, turning_table
+from genkit.nn.extrapolation import Extrapolation, extrapolating, turning_table
 from genkit.nn.layout import dense_layout
 from genkit.nn.packing import Packing
 from genkit.nn.patch import patchify, unpatchify
@@ -338,12 +338,14 @@ def official(**options: Any) -> dict[str, Tensor]:
     """Weights under the names of whlzy/FiT, with adjacent channels as pairs."""
     state: dict[str, Tensor] = {}
     for key, value in network((8, 8), **options).state_dict().items():
-        names = source_of(key, fit._RULES)
+        names = source_of(key, [*(fit._PLAIN if options.get("mlp") == "gelu" else fit._GATED), *fit._RULES])
         state |= dict(zip(names, value.chunk(len(names)), strict=True))
         if ".qkv." in names[0]:
             q, k, v = value.chunk(3)
             q, k = (y.unflatten(0, (2, 2, -1)).transpose(1, 2).flatten(0, 2) for y in (q, k))
             state[names[0]] = torch.cat([q, k, v])
+        if "_norm.weight" in names[0] and ".attn." in names[0]:
+            state[names[0]] = value.unflatten(0, (2, -1)).T.flatten()
     return state
 
 
@@ -359,8 +361,52 @@ def test_options_of_rotation_are_read():
     assert fit.convert(official(), config).rule == Extrapolation("ntk", True, "release", 3)
     with pytest.raises(UsageError, match="custom_freqs=other"):
         fit.convert(official(), CONFIG | {"custom_freqs": "other"})
-    with pytest.raises(UsageError, match="qk_norm_weight"):
-        fit.convert(official(), CONFIG | {"qk_norm_weight": True})
+    lengths = {"custom_freqs": "yarn", "decouple": True, "ori_max_pe_len": 3, "max_pe_len_h": 8, "max_pe_len_w": 5}
+    assert fit.convert(official(), CONFIG | lengths).rule == Extrapolation("yarn", True, trained=3, lengths=(8, 5))
+    assert fit.convert(official(), CONFIG | lengths | {"online_rope": True}).rule.lengths is None
+    assert fit.convert(official(), CONFIG | {"rel_pos_embed": None, "rope_theta": 50}).rule == Extrapolation(
+        "none", False, trained=4, base=50.0
+    )
+    for name in ("add_rel_pe_to_v", "q_norm", "norm_type"):
+        with pytest.raises(UsageError, match=name):
+            fit.convert(official(), CONFIG | {name: "other"})
+
+
+OTHER: list[tuple[dict[str, Any], dict[str, Any]]] = [  # of ours, and what the original's config then says
+    ({"mlp": "gelu", "mlp_dim": 24}, {}),
+    ({"qkv_bias": False, "mlp_bias": False}, {}),
+    ({"qk_norm": "scaled_rms"}, {"q_norm": "w_rmsnorm", "k_norm": "w_rmsnorm"}),
+    ({"qk_norm": "scaled_layer"}, {"q_norm": "layernorm", "k_norm": "layernorm", "qk_norm_weight": True}),
+    ({"norm": "scaled_rms"}, {"norm_type": "w_rmsnorm"}),
+    ({"adaln": "swiglu", "shared_adaln": False}, {"q_norm": "layernorm", "k_norm": "layernorm"}),
+    ({"time_shift": 3.0}, {"time_shifting": 3}),
+    ({"null_class": False}, {"class_dropout_prob": 0}),
+    ({"rope": "none"}, {"rel_pos_embed": None}),
+]
+
+
+@pytest.mark.parametrize(("options", "config"), OTHER)
+def test_every_option_of_theirs_is_read_and_matters(options, config):
+    imported = fit.convert(official(**options), CONFIG | config)
+    x, label = noisy(2, 3, 8, 8), torch.tensor([0, 3])
+    expected = run(network((8, 8), **options), x, label=label)
+    assert torch.equal(run(imported, x, label=label), expected)
+    plain = network((8, 8), **{k: v for k, v in options.items() if k in ("mlp_dim", "shared_adaln")})
+    assert options == {"null_class": False} or (run(plain, x, label=label) - expected).abs().max() > 1e-3
+
+
+def test_samples_need_labels_where_there_is_no_null_class():
+    with pytest.raises(UsageError, match="knows no null class"):
+        run(network(null_class=False), noisy(1, 3, 6, 8))
+
+
+def test_fixed_lengths_stand_in_for_the_sizes_of_samples():
+    x = noisy(1, 3, 6, 8)
+    own, fixed = (network((4, 4), rope="yarn", rope_trained=2, rope_lengths=lengths) for lengths in ((3, 4), (9, 5)))
+    torch.testing.assert_close(run(own, x), run(network((4, 4), rope="yarn", rope_trained=2), x))
+    assert (run(own, x) - run(fixed, x)).abs().max() > 1e-3
+    with extrapolating(fixed, {"trained": 2}):
+        torch.testing.assert_close(run(fixed, x), run(own, x))
 
 
 def test_weights_that_do_not_fit_are_named():

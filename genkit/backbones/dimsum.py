@@ -151,6 +151,7 @@ class DiMSUM(ModelMixin, ConfigMixin):
         positions: "table", trained; "sincos", fixed waves.
         band_layout: see nn.wavelet; "release" for the released weights.
         learn_sigma: two outputs per channel, the second for variances.
+        null_class: whether the table of classes has a row for "none".
         time_scale: what t is multiplied by before it becomes waves.
         drop_path: probability that a sample skips what the last layer adds to the stream; grows from 0 with the depth.
 
@@ -179,6 +180,7 @@ class DiMSUM(ModelMixin, ConfigMixin):
         positions: Literal["table", "sincos"] = "table",
         band_layout: BandLayout = "release",
         learn_sigma: bool = False,
+        null_class: bool = True,
         time_scale: float = 1.0,
         drop_path: float = 0.0,
     ):
@@ -197,7 +199,7 @@ class DiMSUM(ModelMixin, ConfigMixin):
         cells = torch.Size(self.sides).numel()
         self.embed = nn.Linear(channels * cells, dim)
         self.position = GridPositions(grid=token_grid(tuple(grid), self.sides), dim=dim, kind=positions)
-        self.condition = Condition(num_classes=num_classes, dim=dim, time_scale=time_scale)
+        self.condition = Condition(num_classes=num_classes, dim=dim, time_scale=time_scale, null_class=null_class)
         self.blocks = nn.ModuleList(
             Block(
                 dim=dim,

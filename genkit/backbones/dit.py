@@ -44,6 +44,7 @@ class DiT(ModelMixin, ConfigMixin):
         positions: "sincos" fixed waves; "table" trained vectors, stretched where the grid is another.
         beyond: how waves meet a grid of another size, see GridPositions.
         learn_sigma: two outputs per channel: the noise and what the variance is interpolated by.
+        null_class: whether the table of classes has a row for "none".
         time_scale: what t is multiplied by before it becomes waves; 1 in all that was published, also where t is in [0, 1].
         freq_shift, mlp_norm_eps: 0 and 1e-6 in DiT and SiT; 1 and 1e-5 in diffusers' DiTTransformer2DModel. Set from where weights come from.
         own_conditions: embeddings of time and class for every block, the first block's for the head too: how diffusers keeps them.
@@ -71,6 +72,7 @@ class DiT(ModelMixin, ConfigMixin):
         positions: Literal["sincos", "table"] = "sincos",
         beyond: Literal["stretch", "continue"] = "stretch",
         learn_sigma: bool = False,
+        null_class: bool = True,
         time_scale: float = 1.0,
         freq_shift: int = 0,
         mlp_norm_eps: float = 1e-6,
@@ -88,7 +90,9 @@ class DiT(ModelMixin, ConfigMixin):
         self.embed = nn.Linear(channels * cells, dim)
         self.position = GridPositions(grid=token_grid(tuple(grid), self.sides), dim=dim, kind=positions, beyond=beyond)
         self.conditions = nn.ModuleList(
-            Condition(num_classes=num_classes, dim=dim, time_scale=time_scale, freq_shift=freq_shift)
+            Condition(
+                num_classes=num_classes, dim=dim, time_scale=time_scale, freq_shift=freq_shift, null_class=null_class
+            )
             for _ in range(depth if own_conditions else 1)
         )
         self.blocks = nn.ModuleList(

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
 
 from genkit.errors import UsageError
 from genkit.interfaces import ATTEND, BLOCKS, Cache, Cond, Layout
@@ -27,6 +27,8 @@ from genkit.nn.condition import Condition
 from genkit.nn.extrapolation import Extrapolation, Gain, Method, turning_table
 from genkit.nn.gated_mlp import GatedMLP
 from genkit.nn.layout import dense_layout
+from genkit.nn.mlp import MLP
+from genkit.nn.norm import Norm, make_norm
 from genkit.nn.packing import SLACK, Packing
 from genkit.nn.patch import PatchSize, patch_sides, patchify, real_only, token_grid, token_layout, unpatchify
 from genkit.nn.rope import rotate
@@ -48,22 +50,22 @@ class TurnedAttention(nn.Module):
     """Multi-head attention whose rotations are given: x [B, N, D], or packed [M, D], -> the same.
 
     Args:
-        qk_norm: layer norm of queries and keys per head before they are turned, without weights (FiTv2).
+        qk_norm: of queries and keys per head before they are turned; FiTv2 has "layer".
     """
 
     heeds = (ATTEND,)
 
-    def __init__(self, *, dim: int, num_heads: int, qk_norm: bool):
+    def __init__(self, *, dim: int, num_heads: int, qk_norm: Norm, qkv_bias: bool = True):
         super().__init__()
-        self.num_heads, self.head_dim, self.qk_norm = num_heads, dim // num_heads, qk_norm
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.q_norm, self.k_norm = make_norm(qk_norm, self.head_dim), make_norm(qk_norm, self.head_dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, layout: TurnedLayout, cache: Cache | None = None) -> Tensor:
         assert layout.table is not None
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)  # [..., H, K] each
-        if self.qk_norm:
-            q, k = (layer_norm(y, (self.head_dim,), eps=1e-6) for y in (q, k))
+        q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate(y, layout.table).to(v.dtype) for y in (q, k))  # the rotation runs in float32 under autocast
         packing = layout.packing
         if packing is None:
@@ -92,14 +94,22 @@ class FiT(ModelMixin, ConfigMixin):
         mlp_dim: hidden channels of the gated perceptron; by default 8/3 dim as in FiTv2; FiT has 4 dim.
         shared_adaln: one modulation for all blocks, to which each adds one of low rank, as FiTv2; else one of full rank in each block, as FiT.
         adaln_rank: that rank; by default dim / 4.
-        qk_norm: layer norm of queries and keys, as FiTv2.
+        qk_norm: layer norm of queries and keys, as FiTv2, or another by its word (nn.norm).
+        norm: before attention, perceptrons and head.
+        mlp: "swiglu", or an ordinary perceptron with a "gelu" in its tanh form.
+        adaln: how shifts, scales and gates come from the condition: "linear", or gated perceptrons, "swiglu"; these only without shared_adaln.
+        qkv_bias, mlp_bias: as published True.
         mixer: in place of attention, a part or a list of parts repeated through the depth; positions are then its own affair.
         rope: frequencies of rotary positions on grids larger than the trained one, see nn.extrapolation.
+        rope_base: of the frequencies.
         rope_per_axis: every axis by its own length; else all by the longest.
         rope_gain: of the attention logits by the number of tokens.
         rope_trained: tokens along an axis while training; by default along the longest of the grid, as in FiT, whatever sizes were mixed.
+        rope_lengths: tokens along every axis that all samples are treated as having; by default each its own.
         learn_sigma: two outputs per channel, as FiT.
         time_scale: what t is multiplied by before it becomes waves.
+        time_shift: s, where t is seen as s t / (1 + (s - 1) t).
+        null_class: whether the table of classes has a row for "none".
         dropout: on both residual branches.
 
     Raises: UsageError for sizes that do not fit each other.
@@ -122,14 +132,23 @@ class FiT(ModelMixin, ConfigMixin):
         mlp_dim: int | None = None,
         shared_adaln: bool = True,
         adaln_rank: int | None = None,
-        qk_norm: bool = True,
+        qk_norm: bool | Norm = True,
+        norm: Norm = "layer",
+        mlp: Literal["swiglu", "gelu"] = "swiglu",
+        adaln: Literal["linear", "swiglu"] = "linear",
+        qkv_bias: bool = True,
+        mlp_bias: bool = True,
         mixer: MixerSpec | None = None,
         rope: Method = "plain",
+        rope_base: float = 10_000.0,
         rope_per_axis: bool = True,
         rope_gain: Gain = "none",
         rope_trained: int | None = None,
+        rope_lengths: tuple[int, ...] | None = None,
         learn_sigma: bool = False,
         time_scale: float = 1.0,
+        time_shift: float = 1.0,
+        null_class: bool = True,
         dropout: float = 0.0,
     ):
         super().__init__()
@@ -137,34 +156,62 @@ class FiT(ModelMixin, ConfigMixin):
             raise UsageError(f"backbone.depth={depth} must be at least 1")
         if num_heads < 1 or dim % num_heads:
             raise UsageError(f"backbone.num_heads={num_heads} does not divide the width dim={dim}")
+        if adaln == "swiglu" and shared_adaln:
+            raise UsageError("backbone.adaln=swiglu goes only with backbone.shared_adaln=false")
+        if time_shift <= 0:
+            raise UsageError(f"backbone.time_shift={time_shift} must be positive")
+        if rope_lengths is not None and (len(rope_lengths) != len(grid) or min(rope_lengths) < 1):
+            raise UsageError(
+                f"backbone.rope_lengths={tuple(rope_lengths)} must be one positive number for each of the {len(grid)} axes"
+            )
         self.gradient_checkpointing = False
+        self.time_shift = time_shift
         self.out_channels = (2 if learn_sigma else 1) * channels
         self.sides = patch_sides(patch_size, len(grid))
         self.head_dim = dim // num_heads
         self.has_mixer = mixer is not None
         trained = token_grid(tuple(grid), self.sides)
         self.rule = Extrapolation(
-            rope, rope_per_axis, rope_gain, max(trained) if rope_trained is None else rope_trained
+            rope,
+            rope_per_axis,
+            rope_gain,
+            max(trained) if rope_trained is None else rope_trained,
+            rope_base,
+            None if rope_lengths is None else tuple(rope_lengths),
         )
         cells = torch.Size(self.sides).numel()
         rank = (dim // 4 if adaln_rank is None else adaln_rank) if shared_adaln else None
         make_mixer = None if mixer is None else maker("mixer", mixer)
+        qk: Norm = ("layer" if qk_norm else "none") if isinstance(qk_norm, bool) else qk_norm
+        hidden = 8 * dim // 3 if mlp_dim is None else mlp_dim
+
+        def modulation(inner: int, out: int) -> nn.Module | None:
+            return GatedMLP(dim=dim, hidden=inner, out=out) if adaln == "swiglu" else None
+
         self.embed = nn.Linear(channels * cells, dim)
-        self.condition = Condition(num_classes=num_classes, dim=dim, time_scale=time_scale)
+        self.condition = Condition(
+            num_classes=num_classes, dim=dim, time_scale=time_scale, null_class=null_class, act=adaln != "swiglu"
+        )
         self.modulation = nn.Linear(dim, 6 * dim) if shared_adaln else None
         self.blocks = nn.ModuleList(
             AdaLNBlock(
                 dim=dim,
-                mixer=TurnedAttention(dim=dim, num_heads=num_heads, qk_norm=qk_norm)
+                mixer=TurnedAttention(dim=dim, num_heads=num_heads, qk_norm=qk, qkv_bias=qkv_bias)
                 if make_mixer is None
                 else make_mixer(dim=dim, layer=i),
-                mlp=GatedMLP(dim=dim, hidden=8 * dim // 3 if mlp_dim is None else mlp_dim),
+                mlp=GatedMLP(dim=dim, hidden=hidden, bias=mlp_bias)
+                if mlp == "swiglu"
+                else MLP(dim=dim, mlp_ratio=hidden / dim, approximate="tanh", bias=mlp_bias),
                 rank=rank,
+                modulation=modulation(dim // 4 * 3, 6 * dim),
+                norm=norm,
                 dropout=dropout,
             )
             for i in range(depth)
         )
-        self.head = AdaLNHead(dim=dim, width=self.out_channels * cells)
+        self.head = AdaLNHead(
+            dim=dim, width=self.out_channels * cells, norm=norm, modulation=modulation(dim // 2, 2 * dim)
+        )
         self.initialise()
 
     def initialise(self) -> None:
@@ -201,6 +248,8 @@ class FiT(ModelMixin, ConfigMixin):
         packing = tokens.packing if isinstance(tokens, TurnedLayout) else None
         sample = None if packing is None else packing.sample
         h = self.embed(patches if packing is None else packing.pack(patches))  # [B, N, D] or [M, D]
+        if t is not None and self.time_shift != 1:
+            t = self.time_shift * t / (1 + (self.time_shift - 1) * t)
         c = self.condition(t, cond, B)  # [B, D]
         shared = None if self.modulation is None else self.modulation(c)  # [B, 6 D]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +23,9 @@ IGNORED = {
 }
 _FIXED = {
     "norm_type": "ada_norm_zero",
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
     "norm_elementwise_affine": False,
-    "upcast_attention": False,
 }
+_GELU: dict[str, Literal["tanh", "none"]] = {"gelu-approximate": "tanh", "gelu": "none"}
 
 
 def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> DiT:
@@ -43,6 +41,9 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     for name, value in _FIXED.items():
         if config.get(name, value) != value:
             raise UsageError(f"{name}={config[name]} of {WHAT} is not supported, only {value}")
+    act = config.get("activation_fn", "gelu-approximate")
+    if act not in _GELU:
+        raise UsageError(f"activation_fn={act} of {WHAT} is not supported, only {' and '.join(_GELU)}")
     first = "transformer_blocks.0.norm1.emb"
     dim, channels, side, *_ = shape(state, "pos_embed.proj.weight", WHAT)
     depth = count(state, "transformer_blocks.{}.")
@@ -62,12 +63,15 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
             "qk_norm": False,
             "rope": False,
         },
+        gelu=_GELU[act],
         mlp_ratio=shape(state, "transformer_blocks.0.ff.net.0.proj.weight", WHAT)[0] / dim,
         learn_sigma=has_sigma(state, "proj_out_2.weight", channels * side**2, WHAT),
         freq_shift=1,
         mlp_norm_eps=config.get("norm_eps", 1e-5),
         own_conditions=own,
     )
+    if not config.get("attention_bias", True):
+        state = {**_no_biases(depth, dim), **state}
     ignored = {pattern: why for pattern, why in IGNORED.items() if pattern != COPIES or not own}
     fill(network, laid_out(state, "pos_embed.proj.weight", "proj_out_2", side), _RULES, ignored, WHAT)
     return network.eval()
@@ -98,6 +102,7 @@ def export(network: Any, guided_null: int = 1000) -> Any:
         ("mlp_ratio", options["mlp_ratio"], "4", options["mlp_ratio"] == 4),
         ("patch_size", options["patch_size"], "the same along both axes", len(set(network.sides)) == 1 and len(network.sides) == 2),
         ("grid", tuple(options["grid"]), "square", len(set(options["grid"])) == 1),
+        ("null_class", options["null_class"], "true", options["null_class"]),
         ("num_classes", options["num_classes"], f"1 .. {guided_null}", 0 < options["num_classes"] <= guided_null),
     ]  # fmt: skip
     for name, value, wanted, holds in needed:
@@ -149,6 +154,11 @@ def _option(config: Mapping[str, Any], name: str) -> int:
     if not isinstance(config.get(name), int):
         raise UsageError(f"the config of {WHAT} must say {name}, a whole number")
     return config[name]
+
+
+def _no_biases(depth: int, dim: int) -> dict[str, Tensor]:
+    """Biases of queries, keys and values that change nothing, by their keys."""
+    return {key: torch.zeros(dim) for i in range(depth) for key in _qkv(str(i), "bias")}
 
 
 def _qkv(i: str, kind: str) -> tuple[str, ...]:

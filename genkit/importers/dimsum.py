@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from genkit.backbones.dimsum import DiMSUM
-from genkit.errors import GenkitError, UsageError
-from genkit.importers.dit import has_sigma, laid_out, square_side
+from genkit.errors import UsageError
+from genkit.importers.dit import has_null_class, has_sigma, laid_out, num_classes, square_side
 from genkit.importers.names import Rules, count, fill, has, shape
 
 WHAT = "a DiMSUM"
@@ -17,6 +17,7 @@ IGNORED = {
     r"blocks\.\d+\.(spatial|freq)_mamba\.mixer\.cond_proj\.\w+": "overwritten by the released kernel before it is read",
     r"blocks\.\d+\.freq_mamba\.i?dwt\.\w+": "the fixed filters of the wavelet",
 }
+_UNREACHED = {r"attn_block\..*": "a block that would come after more layers than there are"}
 # Option of the original -> the only value that was released.
 _FIXED = {
     "block_type": "combined",
@@ -33,10 +34,10 @@ _FIXED = {
 
 
 def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> DiMSUM:
-    """State dict -> backbone in evaluation mode. Sizes are read from the weights. The last row of the table of classes stands for no class.
+    """State dict -> backbone in evaluation mode. Sizes are read from the weights.
 
     Args:
-        config: of the original's options, `use_attn_every_k_layers` (4); all others must be those of the release.
+        config: of the original's options, `use_attn_every_k_layers` (4) and `label_dropout` (0: no row for no class); all others must be those of the release.
 
     Raises: GenkitError for weights that do not fit, naming the keys; UsageError for an option that was never released.
     """
@@ -49,11 +50,12 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     depth = count(state, "blocks.{}.")
     shape(state, "blocks.0.spatial_mamba.mixer.in_proj.weight", WHAT)  # a DiT would be told apart by this
     every = int(options.get("use_attn_every_k_layers", 4)) if has(state, "attn_block.") else 0
-    if every > depth:
-        raise GenkitError(f"use_attn_every_k_layers={every} exceeds the {depth} layers of these weights")
+    ignored = IGNORED if every <= depth else {**IGNORED, **_UNREACHED}
+    dropped = {"class_dropout_prob": options.get("label_dropout", 0.1)}
     network = DiMSUM(
         channels=channels,
-        num_classes=shape(state, "y_embedder.embedding_table.weight", WHAT)[0] - 1,
+        num_classes=num_classes(state, "y_embedder.embedding_table.weight", dropped, WHAT),
+        null_class=has_null_class(dropped),
         grid=(side * tokens,) * 2,
         dim=dim,
         depth=depth,
@@ -62,7 +64,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
         mlp_ratio=shape(state, "blocks.0.mlp.w3.weight", WHAT)[1] / dim,
         learn_sigma=has_sigma(state, "final_layer.linear.weight", channels * side**2, WHAT),
     )
-    fill(network, laid_out(state, "x_embedder.proj.weight", "final_layer.linear", side), _RULES, IGNORED, WHAT)
+    fill(network, laid_out(state, "x_embedder.proj.weight", "final_layer.linear", side), _RULES, ignored, WHAT)
     return network.eval()
 
 

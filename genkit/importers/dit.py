@@ -25,7 +25,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 
     Args:
         config: of the original's options, `num_heads` (by default that of the published size of this width) and `class_dropout_prob` (0: the table of
-            classes has no row for "none").
+            classes has no row for "none", and the network wants a label for every sample).
 
     Raises: GenkitError for weights that do not fit, naming the keys; UsageError where the number of heads has to be told.
     """
@@ -36,9 +36,8 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     is_waves = state["pos_embed"].shape == waves.shape and torch.allclose(state["pos_embed"].float(), waves, atol=1e-4)
     network = DiT(
         channels=channels,
-        num_classes=num_classes(
-            state, "y_embedder.embedding_table.weight", options.get("class_dropout_prob", 0.1), WHAT
-        ),
+        num_classes=num_classes(state, "y_embedder.embedding_table.weight", options, WHAT),
+        null_class=has_null_class(options),
         grid=(side * side_of_grid,) * 2,
         dim=dim,
         depth=count(state, "blocks.{}."),
@@ -90,13 +89,14 @@ def num_heads(dim: int, config: Mapping[str, Any]) -> int:
     return HEADS[dim]
 
 
-def num_classes(state: Mapping[str, Tensor], key: str, dropout: float, what: str) -> int:
-    """Of a table whose last row stands for no class. Raises UsageError for one that has none."""
-    if dropout <= 0:
-        raise UsageError(
-            f"{key} has no row for no class (trained without dropping classes); such networks cannot be imported"
-        )
-    return shape(state, key, what)[0] - 1
+def has_null_class(config: Mapping[str, Any]) -> bool:
+    """Whether labels were dropped in training: then the last row of the table of classes stands for none."""
+    return float(config.get("class_dropout_prob", 0.1)) > 0
+
+
+def num_classes(state: Mapping[str, Tensor], key: str, config: Mapping[str, Any], what: str) -> int:
+    """Of a table of classes, the row for none left out."""
+    return shape(state, key, what)[0] - int(has_null_class(config))
 
 
 def has_sigma(state: Mapping[str, Tensor], key: str, cells: int, what: str) -> bool:

@@ -7,7 +7,8 @@ from torch import Tensor, addcmul, nn
 from genkit.interfaces import Cache, Layout
 from genkit.nn.drop_path import DropPath
 from genkit.nn.dropout import Dropout
-from genkit.nn.norm import modulate
+from genkit.nn.gated_mlp import GatedMLP
+from genkit.nn.norm import Norm, make_norm, modulate
 
 
 class AdaLNBlock(nn.Module):
@@ -18,7 +19,8 @@ class AdaLNBlock(nn.Module):
         rank: the six vectors come from a product of two matrices of this rank without anything between them (FiTv2's adaLN-LoRA); None = one matrix.
         dropout, drop_path: on both branches.
         modulation: a part of its own that makes the six vectors, [B, D] -> [B, 6 D].
-        mlp_norm_eps: of the norm before the perceptron.
+        mlp_norm_eps: of the norm before the perceptron, where that is the layer norm.
+        norm: of both branches.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class AdaLNBlock(nn.Module):
         drop_path: float = 0.0,
         modulation: nn.Module | None = None,
         mlp_norm_eps: float = 1e-6,
+        norm: Norm = "layer",
     ):
         super().__init__()
         self.mixer, self.mlp, self.mlp_norm_eps = mixer, mlp, mlp_norm_eps
+        self.norms = None if norm == "layer" else nn.ModuleList(make_norm(norm, dim) for _ in range(2))
         self.dropout = Dropout(dropout)
         self.drop_path = DropPath(drop_path)
         if modulation is None:
@@ -61,9 +65,11 @@ class AdaLNBlock(nn.Module):
         """
         vectors = self.modulation(c) if shared is None else self.modulation(c) + shared
         mix_shift, mix_scale, mix_gate, shift, scale, gate = per_token(vectors, sample).chunk(6, dim=-1)
-        mixed = self.mixer(modulate(h, mix_shift, mix_scale), layout, cache)
+        mix_norm, mlp_norm = (None, None) if self.norms is None else self.norms
+        mixed = self.mixer(modulate(h, mix_shift, mix_scale, norm=mix_norm), layout, cache)
         h = addcmul(h, mix_gate, self.drop_path(self.dropout(mixed)))
-        return addcmul(h, gate, self.drop_path(self.dropout(self.mlp(modulate(h, shift, scale, self.mlp_norm_eps)))))
+        widened = self.mlp(modulate(h, shift, scale, self.mlp_norm_eps, mlp_norm))
+        return addcmul(h, gate, self.drop_path(self.dropout(widened)))
 
     def initialise(self) -> None:
         """The perceptron as in DiT; what the six vectors are made by 0, so that the block is the identity. The mixer stays as it is."""
@@ -71,23 +77,33 @@ class AdaLNBlock(nn.Module):
         if isinstance(self.modulation, nn.Sequential):
             init_linears(self.modulation[0])
             init_zero(self.modulation[1])
+        elif isinstance(self.modulation, GatedMLP):
+            init_linears(self.modulation)
+            init_zero(self.modulation.down)
         else:
             init_zero(self.modulation)
 
 
 class AdaLNHead(nn.Module):
-    """The last layer: h [B, N, D], condition after its SiLU [B, D] -> [B, N, width], 0 at first."""
+    """The last layer: h [B, N, D], condition after its SiLU [B, D] -> [B, N, width], 0 at first.
 
-    def __init__(self, *, dim: int, width: int):
+    Args:
+        norm: before it is modulated.
+        modulation: a part of its own that makes shift and scale, [B, D] -> [B, 2 D].
+    """
+
+    def __init__(self, *, dim: int, width: int, norm: Norm = "layer", modulation: nn.Module | None = None):
         super().__init__()
-        self.modulation = nn.Linear(dim, 2 * dim)
+        self.norm = None if norm == "layer" else make_norm(norm, dim)
+        self.modulation = nn.Linear(dim, 2 * dim) if modulation is None else modulation
         self.linear = nn.Linear(dim, width)
-        init_zero(self)
+        init_zero(self.modulation.down if isinstance(self.modulation, GatedMLP) else self.modulation)
+        init_zero(self.linear)
 
     def forward(self, h: Tensor, c: Tensor, sample: Tensor | None = None) -> Tensor:
         """Packed tokens as in AdaLNBlock."""
         shift, scale = per_token(self.modulation(c), sample).chunk(2, dim=-1)
-        return self.linear(modulate(h, shift, scale))
+        return self.linear(modulate(h, shift, scale, norm=self.norm))
 
 
 def per_token(vectors: Tensor, sample: Tensor | None) -> Tensor:

@@ -30,19 +30,27 @@ class IdEmbedding(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """cond["label"] [B] int64 -> [B, D]; -1, and a condition without labels, is the null class in the last row."""
+    """cond["label"] [B] int64 -> [B, D]; -1, and a condition without labels, is the null class in the last row.
 
-    def __init__(self, *, num_classes: int, dim: int):
+    Args:
+        null_class: whether there is that row. Without it, as in weights that were trained without dropping labels, -1 raises UsageError.
+    """
+
+    def __init__(self, *, num_classes: int, dim: int, null_class: bool = True):
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.null_class = num_classes, null_class
         # Unit variance: this vector is the only input of the modulation. At the 0.02 of DiT, where it is added to a time
         # embedding, the class has hardly any effect on the first thousand steps.
-        self.table = nn.Embedding(num_classes + 1, dim)
+        self.table = nn.Embedding(num_classes + int(null_class), dim)
 
     def forward(self, cond: Cond, batch_size: int) -> Tensor:
         label = cond.get("label")
         if label is None:
             label = torch.full((batch_size,), -1, dtype=torch.int64, device=self.table.weight.device)
+        if not self.null_class and bool((label < 0).any()):
+            raise UsageError(
+                'this network was trained without dropping labels and knows no null class: give every sample a label, and draw with "guidance" 1'
+            )
         return self.table(torch.where(label < 0, self.num_classes, label))
 
 

@@ -17,20 +17,22 @@ from torch import Tensor
 
 from genkit.errors import UsageError
 
-Method = Literal["plain", "interpolate", "ntk", "ntk_by_parts", "yarn"]
-Gain = Literal["none", "paper", "release"]
+Method = Literal["none", "plain", "interpolate", "ntk", "ntk_by_parts", "yarn"]
+Gain = Literal["none", "paper", "release", "release_longest"]
 
 
 @dataclass(frozen=True)
 class Extrapolation:
     """
     Args:
-        method: "plain" as trained; "interpolate" f / s (Chen et al., 2023); "ntk" a longer base, base s^(J / (J - 1)); "ntk_by_parts" and "yarn" (Peng et
+        method: "none", no positions; "plain" as trained; "interpolate" f / s (Chen et al., 2023); "ntk" a longer base, base s^(J / (J - 1)); "ntk_by_parts" and "yarn" (Peng et
             al., 2023) leave fast waves, and interpolate slow ones.
         per_axis: every axis by its own length ("vision" NTK and YaRN); else all by the longest.
         gain: of the attention logits by the number of tokens. "paper": ln(n) / ln(n of training), at least 1. "release": the published code has 2 n in
-            place of n, which acts at the trained size too. YaRN has another gain of its own, and takes none.
+            place of n, which acts at the trained size too; "release_longest": likewise, of the longest axis alone. YaRN has another gain of its own, and
+            takes none.
         trained: tokens along an axis while training.
+        lengths: tokens along every axis that all samples are treated as having; None = each its own.
     """
 
     method: Method = "plain"
@@ -38,6 +40,7 @@ class Extrapolation:
     gain: Gain = "none"
     trained: int = 16
     base: float = 10_000.0
+    lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.trained < 1:
@@ -47,7 +50,9 @@ class Extrapolation:
 
     def frequencies(self, sizes: Tensor, num_pairs: int) -> Tensor:
         """sizes [B, A], tokens along every axis of a sample -> [B, A, J = num_pairs] float32, radians per token."""
-        J = num_pairs
+        J, sizes = num_pairs, self._treated(sizes)
+        if self.method == "none":
+            return torch.zeros(*sizes.shape, J, device=sizes.device)
         plain = self.base ** -(torch.arange(J, dtype=torch.float32, device=sizes.device) / J)
         if self.method == "plain":
             return plain.expand(*sizes.shape, J)
@@ -69,15 +74,21 @@ class Extrapolation:
 
     def amplitude(self, sizes: Tensor) -> Tensor:
         """sizes [B, A] -> [B] float32 that turned queries and keys are both multiplied by."""
+        sizes = self._treated(sizes)
         s = (sizes.amax(1).float() / self.trained).clamp_min(1)
         if self.method == "yarn":
             return 1 + 0.1 * s.log()
-        if self.gain == "none":
+        if self.gain == "none" or self.method == "none":
             return torch.ones_like(s)
+        if self.gain == "release_longest":
+            return ((2 * sizes.amax(1).float()).log() / math.log(self.trained)).clamp_min(1).sqrt()
         tokens, trained = sizes.prod(1).float(), self.trained ** sizes.shape[1]
         if self.gain == "release":
             tokens = 2 * tokens
         return (tokens.log() / math.log(trained)).clamp_min(1).sqrt()
+
+    def _treated(self, sizes: Tensor) -> Tensor:
+        return sizes if self.lengths is None else torch.tensor(self.lengths, device=sizes.device).expand_as(sizes)
 
     def _ramp(self, most: float, least: float, J: int, like: Tensor) -> Tensor:
         """[J], from 0 where a wave turns more than `most` times within the trained length to 1 where it turns less than `least` times."""
@@ -116,7 +127,7 @@ def extrapolating(network: Any, changes: Mapping[str, Any]) -> Iterator[None]:
 
     Args:
         network: with `rule`, an Extrapolation.
-        changes: of it: method, per_axis, gain, trained.
+        changes: of it: method, per_axis, gain, trained. Every sample is then treated by its own lengths.
 
     Raises: UsageError for a network whose positions have no such rule, and for words no rule has.
     """
@@ -132,7 +143,7 @@ def extrapolating(network: Any, changes: Mapping[str, Any]) -> Iterator[None]:
     for name, words in (("method", Method), ("gain", Gain)):
         if name in changes and changes[name] not in typing.get_args(words):
             raise UsageError(f"rope {name} {changes[name]} is none of {', '.join(typing.get_args(words))}")
-    network.rule = replace(kept, **changes)
+    network.rule = replace(kept, lengths=None, **changes)
     try:
         yield
     finally:

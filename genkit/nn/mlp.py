@@ -14,12 +14,12 @@ class MLP(nn.Module):
     forward and backward of the exact one take less than half the time. Weights trained with the other want "tanh".
     """
 
-    def __init__(self, *, dim: int, mlp_ratio: float, approximate: Literal["none", "tanh"] = "none"):
+    def __init__(self, *, dim: int, mlp_ratio: float, approximate: Literal["none", "tanh"] = "none", bias: bool = True):
         super().__init__()
-        hidden = int(dim * mlp_ratio)
-        self.up = nn.Linear(dim, hidden)
+        hidden = int(round(dim * mlp_ratio, 6))  # a ratio found by dividing gives the same number again
+        self.up = nn.Linear(dim, hidden, bias=bias)
         self.act = nn.GELU(approximate)
-        self.down = nn.Linear(hidden, dim)
+        self.down = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(x)))

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
 
+Norm = Literal["none", "layer", "scaled_layer", "rms", "scaled_rms"]
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, norm: nn.Module | None = None) -> Tensor:
     """norm(x) * (1 + scale) + shift over the last axis of x [..., D]: adaptive layer norm (Peebles and Xie, "DiT", 2023).
 
-    shift and scale broadcast against x.
+    shift and scale broadcast against x. Another `norm` than the layer norm without weights brings its own epsilon.
     """
-    return torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+    return torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=eps) if norm is None else norm(x), 1 + scale)
+
+
+def make_norm(kind: Norm, dim: int, eps: float = 1e-6) -> nn.Module:
+    """The norm over the last axis [..., dim] that a word stands for; "scaled" ones have weights, none has biases."""
+    if kind == "none":
+        return nn.Identity()
+    if kind in ("layer", "scaled_layer"):
+        return nn.LayerNorm(dim, eps, elementwise_affine=kind == "scaled_layer", bias=False)
+    return RMSNorm(dim, eps) if kind == "scaled_rms" else nn.RMSNorm(dim, eps, elementwise_affine=False)
 
 
 class RMSNorm(nn.Module):
