@@ -1,0 +1,335 @@
+"""What scripts/results_shapes.py measures: one function per table, folder of runs -> figures."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genkit.backbones.dit import DiT
+from genkit.backbones.octgpt import OctGPT
+from genkit.data.meshes import Meshes
+from genkit.data.shapes import Shapes
+from genkit.ema import Ema
+from genkit.images import write_png
+from genkit.meshes import storage
+from genkit.meshes.marching_cubes import marching_cubes
+from genkit.meshes.mesh import Mesh, inspect, normalised
+from genkit.meshes.pictures import contact_sheet
+from genkit.meshes.sampling import sample_surface
+from genkit.metrics import shape_nets
+from genkit.metrics.point_sets import mmd_coverage, nearest_neighbour_accuracy, pairwise_chamfer
+from genkit.metrics.shape_agreement import iou, surface_agreement
+from genkit.nn.layout import dense_layout
+from genkit.objectives.flow import Flow
+from genkit.objectives.octree_masked import Grow
+from genkit.octree import build
+from genkit.octree.octree import Octree
+from genkit.octree.tokens import splits_of
+from genkit.pipeline import open_run
+from genkit.registry import build as make
+from genkit.rng import Rng, sample_seeds
+from genkit.samplers.heun import Heun
+from genkit.samplers.octree_masked import OctreeMasked as Sampler
+from genkit.shape_figures import SIZE
+from genkit.tokenizers.octree_vq import BOX, LEVEL
+
+TOKENIZER, GENERATOR = "octree-shapes", "octgpt-shapes"
+SHAPES, POINTS, CELLS = 24, 512, 64
+# Steps of the two depths; the last reveals one token at a time wherever a shape has no more tokens than steps.
+STEPS = ([1, 1], [3, 6], [12, 24], [24, 48], [64, 400])
+GUIDANCE = (1.0, 2.0, 3.0)
+JUDGED = 96  # samples whose class is asked for
+# The dense model: distances cut to this, on a grid of SIDE^3 in patches of PATCH^3.
+CUT, SIDE, PATCH, DENSE_STEPS = 0.1, 32, 4, 18
+
+
+def held_out(pipeline: Any) -> Any:
+    changes = {"split": "val", "num_points": 4096, "num_distances": 0, "num_kept": 0}
+    return make("data", dict(pipeline.run_config["data"]) | changes)
+
+
+def counters(pipeline: Any) -> dict[str, Any]:
+    """Samples and seconds of a run, as its checkpoint counts them."""
+    state = json.loads((pipeline.folder.parent / "state" / "state.json").read_text())["counters"]
+    return {"samples": state["samples"], "seconds": state["seconds"]}
+
+
+@torch.no_grad()
+def by_depth(runs: Path) -> dict[str, Any]:
+    """Reconstructions of held-out shapes from the function of each depth, what the grid alone loses, and classes by themselves."""
+    pipeline = open_run(runs / TOKENIZER)
+    tokenizer, dataset = pipeline.tokenizer, held_out(pipeline)
+    rows: dict[str, list[dict[str, float]]] = {}
+    tokens = 0
+    pairs: list[list[Mesh]] = [[], []]
+    for i in range(SHAPES):
+        batch, solid = dataset.__getitems__([i]), dataset.solid(i)
+        coded = tokenizer.encode(batch["points"], batch["normals"])
+        tokens += len(coded.splits) + len(coded.codes)
+        decoded = tokenizer.field(coded)
+        places = (2 * Rng.at(1, i, 1).uniform(20_000, 3)[0] - 1) * 0.85
+        truth = solid.distance(places) < 0
+        for d in range(tokenizer.code_depth, tokenizer.depth + 1):
+            mesh = marching_cubes(decoded.grid(0, CELLS, d), level=LEVEL, bounds=(-BOX, BOX))
+            found = {"empty": float(not len(mesh.faces))}
+            if len(mesh.faces):
+                points, normals, _ = sample_surface(mesh, 4096, Rng([i]))
+                found |= surface_agreement(batch["points"][0], batch["normals"][0], points, normals)
+                found |= {
+                    "iou": iou(truth, decoded(places, 0, d) < LEVEL),
+                    "watertight": float(inspect(mesh).is_watertight),
+                }
+            rows.setdefault(f"depth {d}", []).append(found)
+        name = dataset.info.class_names[i % len(dataset.info.class_names)]
+        rows.setdefault(f"depth {tokenizer.depth}, {name}", []).append(found)
+        pairs[0].append(mesh)
+        mesh = dataset.mesh(i, CELLS)
+        pairs[1].append(mesh)
+        points, normals, _ = sample_surface(mesh, 4096, Rng([i]))
+        found = {"empty": 0.0, "iou": 1.0, "watertight": 1.0}
+        found |= surface_agreement(batch["points"][0], batch["normals"][0], points, normals)
+        rows.setdefault(f"the shape itself on a grid of {CELLS}", []).append(found)
+    sheet = contact_sheet([m for side in pairs for m in side[:6]], columns=6, size=160, row_names=["decoded", "true"])
+    write_png(runs / "shapes-decoded.png", sheet)
+    means = {
+        name: {key: mean([row[key] for row in some if key in row]) for key in some[-1]} for name, some in rows.items()
+    }
+    return {"rows": means, "tokens": tokens / SHAPES, **counters(pipeline)}
+
+
+def draw(pipeline: Any, count: int, seed: int = 0, **how: Any) -> tuple[list[Mesh], Tensor]:
+    """Samples, class i mod (number of classes), and their labels."""
+    labels, seeds = torch.arange(count) % pipeline.num_classes, sample_seeds(seed, 0, count)
+    meshes: list[Mesh] = []
+    for first in range(0, count, 8):
+        part = slice(first, first + 8)
+        meshes += pipeline.generate(labels[part], seeds[part], **how)
+    return meshes, labels
+
+
+def class_accuracy(meshes: list[Mesh], labels: Tensor, names: list[str]) -> float:
+    """Share whose class the point net of genkit.metrics.shape_nets names; a sample without faces is wrong."""
+    judge = shape_nets.load(shape_nets.PointNet)
+    truth = torch.tensor([shape_nets.CLASS_NAMES.index(names[int(label)]) for label in labels])
+    right = 0
+    for i, mesh in enumerate(meshes):
+        if len(mesh.faces):
+            points = sample_surface(normalised(mesh, size=SIZE), shape_nets.POINTS, Rng([i]))[0]
+            right += int(judge(points[None]).argmax(1) == truth[i])
+    return right / len(meshes)
+
+
+@torch.no_grad()
+def classes(runs: Path) -> dict[str, Any]:
+    """What a classifier that has seen none of it takes samples for, by guidance; held-out shapes, and their reconstructions, as the measure of the judge."""
+    pipeline = open_run(runs / GENERATOR)
+    dataset, names = held_out(pipeline), list(pipeline.class_names)
+    labels = torch.arange(60) % len(names)
+    real = [dataset.mesh(i, CELLS) for i in range(60)]
+    rebuilt = []
+    for first in range(0, 60, 12):
+        batch = dataset.__getitems__(list(range(first, first + 12)))
+        rebuilt += pipeline.tokenizer.meshes(pipeline.tokenizer.encode(batch["points"], batch["normals"]))
+    rows = {
+        "held-out shapes": {"accuracy": class_accuracy(real, labels, names)},
+        "their reconstructions": {"accuracy": class_accuracy(rebuilt, labels, names)},
+    }
+    for guidance in GUIDANCE:
+        meshes, labels = draw(pipeline, JUDGED, seed=1, guidance=guidance)
+        found = [inspect(mesh) for mesh in meshes]
+        rows[f"samples, guidance {guidance:g}"] = {
+            "accuracy": class_accuracy(meshes, labels, names),
+            "one piece": mean([float(f.num_components == 1) for f in found]),
+            "watertight": mean([float(f.is_watertight) for f in found]),
+        }
+    return {"rows": rows, "count": JUDGED}
+
+
+def distances(real: Tensor, meshes: list[Mesh]) -> dict[str, float]:
+    """MMD, COV and 1-NNA by Chamfer; nothing where a sample has no surface."""
+    if not all(len(mesh.faces) for mesh in meshes):
+        return {}
+    fake = torch.stack([sample_surface(mesh, POINTS, Rng([i]))[0] for i, mesh in enumerate(meshes)])
+    cross = pairwise_chamfer(real, fake)
+    near = mmd_coverage(cross)
+    accuracy = nearest_neighbour_accuracy(pairwise_chamfer(real, real), cross, pairwise_chamfer(fake, fake))["acc"]
+    return {"mmd": near["lgan_mmd"], "cov": near["lgan_cov"], "nna": accuracy}
+
+
+@torch.no_grad()
+def by_steps(runs: Path) -> dict[str, Any]:
+    """The same labels and seeds drawn in few and in many steps."""
+    pipeline = open_run(runs / GENERATOR)
+    dataset, names = held_out(pipeline), list(pipeline.class_names)
+    real = dataset.__getitems__(list(range(SHAPES)))["points"][:, :POINTS]
+    rows = {}
+    for steps in STEPS:
+        started = time.process_time()
+        meshes, labels = draw(pipeline, SHAPES, sampler=[f"num_steps={steps}"])
+        name = "token by token" if steps == STEPS[-1] else " + ".join(map(str, steps))
+        rows[name] = {
+            "cpu_seconds": (time.process_time() - started) / SHAPES,
+            "pieces": mean([float(inspect(mesh).num_components) for mesh in meshes if len(mesh.faces)]),
+            "accuracy": class_accuracy(meshes, labels, names),
+            **distances(real, meshes),
+        }
+        if steps == [12, 24]:
+            shown = sorted(range(SHAPES), key=lambda i: (int(labels[i]), i))
+            width = SHAPES // pipeline.num_classes
+            write_png(
+                runs / "shapes.png",
+                contact_sheet([meshes[i] for i in shown], columns=width, size=160, row_names=pipeline.class_names),
+            )
+    parameters = sum(p.numel() for p in pipeline.backbone.parameters())
+    return {"rows": rows, "parameters": parameters, **counters(pipeline)}
+
+
+def dense(runs: Path) -> dict[str, Any]:
+    """A diffusion transformer over all voxels, as large as the generator and trained for as many seconds; and its seconds on a grid twice as fine."""
+    pipeline = open_run(runs / GENERATOR)
+    names, config = list(pipeline.class_names), pipeline.run_config
+    seconds = counters(pipeline)["seconds"]
+    data = make("data", dict(config["data"]) | {"num_points": 16, "num_distances": 0})
+    axis = torch.linspace(-BOX, BOX, SIDE)
+    places = torch.cartesian_prod(axis, axis, axis)
+    with torch.no_grad():
+        grids = torch.stack([data.solid(i).distance(places).clamp(-CUT, CUT) / CUT for i in range(len(data))])
+    grids = grids.view(-1, 1, SIDE, SIDE, SIDE)
+    labels = torch.arange(len(data)) % len(names)
+    torch.manual_seed(0)
+
+    def net(side: int) -> DiT:
+        mixer = {"type": "attention", "num_heads": 4, "qk_norm": False, "rope": False}
+        return DiT(
+            channels=1, num_classes=len(names), grid=(side,) * 3, dim=104, depth=4, patch_size=PATCH, mixer=mixer
+        )
+
+    model, objective, layout = net(SIDE), Flow(cond_drop=0.1), dense_layout((SIDE,) * 3)
+    ema = Ema(model, 0.99)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
+    started, step, batch_size = time.perf_counter(), 0, 16
+    while (spent := time.perf_counter() - started) < seconds:
+        # The rate goes up over a hundred steps and down to 0 when the seconds are over.
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * (1 - spent / seconds)
+        rng = Rng.at(0, step * batch_size, batch_size)
+        rows = Rng.at(1, step, 1).integers(len(data), batch_size)[0]
+        loss = objective(model, grids[rows], {"label": labels[rows]}, layout, rng)["velocity"].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        ema.update(step)
+    model.eval()
+    chosen = torch.arange(SHAPES) % len(names)
+    with torch.no_grad(), ema.applied():
+        started = time.process_time()
+        rng = Rng(sample_seeds(0, 0, SHAPES))
+        x = Heun(num_steps=DENSE_STEPS)(
+            objective.predictor(model, {"label": chosen}, layout), rng.fork("start").normal(1, *(SIDE,) * 3), rng
+        )
+        meshes = [marching_cubes(_closed(grid[0] * CUT), level=0.0, bounds=(-BOX, BOX)) for grid in x]
+        each = (time.process_time() - started) / SHAPES
+        twice, layout = net(2 * SIDE).eval(), dense_layout((2 * SIDE,) * 3)
+        started = time.process_time()
+        noise = Rng([0]).fork("start").normal(1, *(2 * SIDE,) * 3)
+        Heun(num_steps=DENSE_STEPS)(objective.predictor(twice, {"label": chosen[:1]}, layout), noise, Rng([0]))
+        fine = time.process_time() - started
+    shown = sorted(range(SHAPES), key=lambda i: (int(chosen[i]), i))
+    sheet = contact_sheet([meshes[i] for i in shown], columns=SHAPES // len(names), size=160, row_names=names)
+    write_png(runs / "shapes-dense.png", sheet)
+    real = held_out(pipeline).__getitems__(list(range(SHAPES)))["points"][:, :POINTS]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "samples": step * batch_size,
+        "seconds": seconds,
+        "row": {
+            "cpu_seconds": each,
+            "pieces": mean([float(inspect(mesh).num_components) for mesh in meshes if len(mesh.faces)]),
+            "accuracy": class_accuracy(meshes, chosen, names),
+            **distances(real, meshes),
+        },
+        "fine": fine,
+    }
+
+
+def _closed(grid: Tensor) -> Tensor:
+    """The outermost layer is outside."""
+    for axis in range(3):
+        for end in (0, -1):
+            grid.select(axis, end).clamp_(min=1e-4)
+    return grid
+
+
+class Whole(Grow):
+    """Nothing kept: every step runs the whole sequence, as the official loop does."""
+
+    def logits(self, values: Tensor, known: Tensor) -> Tensor:
+        octree, model = self.octree, self.model
+        low, d = octree.full_depth, octree.depth
+        before = splits_of(octree, d) if d > low else known.new_zeros(0, dtype=torch.int64)
+        own = model.embed_codes(values) if self.bits else model.embed_splits(values)
+        x = torch.cat([model.embed_splits(before), own])
+        places = model.places(octree, range(low, d + 1))
+        y = model.decode_all(x, places, torch.cat([torch.ones(len(before), dtype=torch.bool), known]), self.cond)
+        y = y[len(before) :]
+        return model.code_logits(y) if self.bits else model.split_logits(y)
+
+
+def forced(kind: type[Grow], shape: Octree) -> type[Grow]:
+    """Draws as ever, and then takes the split bits of a given shape, so that untrained weights grow an octree of a real size."""
+
+    class Forced(kind):  # type: ignore[valid-type,misc]
+        def finish(self, values: Tensor) -> None:
+            d = self.octree.depth
+            super().finish(values if self.bits else shape.is_occupied(d).long())
+
+    return Forced
+
+
+@torch.no_grad()
+def by_size(runs: Path) -> dict[str, Any]:
+    """Seconds to draw the tokens of one shape whose surface lies at depth 5, 6 and 7, with finished depths kept and without."""
+    pipeline = open_run(runs / GENERATOR)
+    data = dict(pipeline.run_config["data"]) | {"num_points": 60_000, "num_distances": 0}
+    points = make("data", data).__getitems__([0])["points"][0]
+    own = dict(pipeline.backbone.config)
+    rows = {}
+    for depth in (5, 6, 7):
+        torch.manual_seed(0)
+        sizes = {"code_depth": depth - 2, "max_depth": None, "num_scales": None}
+        model = OctGPT(**{key: value for key, value in own.items() if key[0] != "_"} | sizes).eval()
+        octree = build.from_points(points, depth=depth, full_depth=model.full_depth)
+        sampler = Sampler(num_steps=[12] * (depth - 1 - model.full_depth - 1) + [24])
+        seconds = {}
+        for name, kind in (("kept", Grow), ("computed again", Whole)):
+            predict = forced(kind, octree)(model, {"label": torch.zeros(1, dtype=torch.int64)})
+            started = time.process_time()
+            tokens = sampler(predict, build.complete(model.full_depth), Rng([0]))
+            seconds[name] = time.process_time() - started
+        rows[str(depth)] = {"tokens": len(tokens.splits) + len(tokens.codes), **seconds}
+    return rows
+
+
+def prepared(runs: Path) -> dict[str, Any]:
+    """Meshes a minute that one core turns into points and signed distances, files of procedural shapes."""
+    shapes = Shapes(num_shapes=12, num_points=16, num_distances=0)
+    folder = runs / "results-shapes-meshes"
+    faces = 0
+    for i in range(12):
+        mesh = shapes.mesh(i, CELLS)
+        faces += len(mesh.faces)
+        storage.save(mesh, folder / f"{i:02d}.ply")
+    data = Meshes(path=str(folder), cache=str(folder / f"cache-{time.time_ns()}"))
+    started = time.process_time()
+    for i in range(12):
+        data.prepare(i)
+    return {"a minute": 60 * 12 / (time.process_time() - started), "faces": faces / 12}
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / max(1, len(values))
