@@ -212,6 +212,7 @@ class GeneratorPipeline(DiffusionPipeline):
                 shape = getattr(predict, "shape", (self.tokenizer.num_levels, *grid))
                 if start is None:
                     start = torch.full((len(labels), *shape), -1, device=self.device)
+                check_start(start, (len(labels), *shape), self.tokenizer.codebook_size)
                 z = self.tokenizer.codes(draw(predict, start, rng, on_step))
             elif getattr(objective, "draws", "") == "tokens":
                 if start is None:
@@ -375,6 +376,19 @@ def _asked(objective: Mapping[str, Any]) -> dict[str, Any]:
     """What of an objective says how a network is asked; how it was trained may differ."""
     keys = ("type", "path", "towards", "prediction", "schedule", "num_times", "sigma_data")
     return {key: objective[key] for key in keys if key in objective}
+
+
+def check_start(start: Tensor, shape: Sequence[int], codebook_size: int) -> None:
+    """Raises UsageError for ids to go on from that do not fit: of another shape, or none of the codebook and not -1."""
+    if tuple(start.shape) != tuple(shape):
+        raise UsageError(
+            f"start has the shape {list(start.shape)}, expected {list(shape)}: ids, and -1 where one is to be found"
+        )
+    wrong = start[(start < -1) | (start >= codebook_size)]
+    if len(wrong):
+        raise UsageError(
+            f"start holds the id {int(wrong[0])} of a codebook of {codebook_size} (0-{codebook_size - 1}); where an id is to be found, put -1"
+        )
 
 
 def class_number(label: int | str, names: Sequence[str]) -> int:

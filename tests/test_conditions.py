@@ -313,3 +313,17 @@ def test_an_embedding_is_any_feature_net():
     assert found.name.startswith("fashion-cnn-v1 ")
     assert found(torch.zeros(2, 1, 28, 28)).shape == (2, found.dim) == (2, 128)
     assert Embedding("x", 3, lambda x: x.double())(torch.zeros(1, 3)).dtype == torch.float32
+
+
+def test_generators_of_ids_refuse_continuous_latents_and_starts_that_do_not_fit(here):
+    tokenizer = {"type": "kl", "stride": 4, "width": 8, "num_blocks": 0, "channels": 4}
+    train(TOKENIZER | {"name": "kl", "tokenizer": tokenizer}, SHORT)
+    with pytest.raises(UsageError, match=r"objective\.type=masked learns ids, and the tokenizer KL makes continuous"):
+        train(GENERATOR | {"name": "ids", "tokenizer": {"from": "runs/kl"}}, SHORT)
+    pipe = open_run("runs/label")
+    start = torch.full((1, 1, 7, 7), -1)
+    start[0, 0, 3, 3] = 16
+    with pytest.raises(UsageError, match=r"start holds the id 16 of a codebook of 16 \(0-15\)"):
+        pipe.generate(torch.tensor([1]), [0], start=start)
+    with pytest.raises(UsageError, match=r"start has the shape \[1, 1, 7, 6\], expected \[1, 1, 7, 7\]"):
+        pipe.generate(torch.tensor([1]), [0], start=start[..., :6])

@@ -7,6 +7,8 @@ and second half of their channels in rotations (genkit.nn.rope), which an import
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout
 from genkit.kernels.decode_block.op import compiled
-from genkit.mixers.attention import Attention
+from genkit.mixers.attention import Attention, KeysValues
 from genkit.nn.causal_block import causal, init_normal
 from genkit.nn.drop_path import DropPath
 from genkit.nn.dropout import Dropout
@@ -87,16 +89,28 @@ class Block(nn.Module):
             and self.cross is None
         )
 
-    def step(self, h: Tensor, layout: Layout, cache: Cache, kernel: Any) -> Tensor:
-        """One new token of each sample, h [B, D], behind others in a cache: as `forward`, by the kernel decode_block."""
+    def step(self, cache: Cache, kernel: Any) -> Step:
+        """For one new token of each sample behind others in a cache: as `forward`, by the kernel decode_block."""
         mixer: Any = self.mixer
         held = cache[mixer.layer]
         keys, values = held.reserve(1, held.keys)
-        turn = rope_table(layout.coords, mixer.head_dim, mixer.rope_base)
         weights = (self.mix_norm, mixer.qkv, mixer.proj, self.mlp_norm, self.mlp.up, self.mlp.down)
-        out = kernel(h, *[part.weight for part in weights], *turn, keys, values, held.length, self.eps)
-        held.length += 1
-        return out
+        run = kernel(*[part.weight for part in weights], keys, values, self.eps)
+        return Step(run, held, keys, (mixer.head_dim, mixer.rope_base))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A block for one token at a time: (h [B, D], cos, sin, length) -> h, and the keys and values it goes on with."""
+
+    run: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    held: KeysValues
+    keys: Tensor  # that `run` writes to
+    turn: tuple[int, float]  # head_dim and base of its rotations
+
+    @property
+    def has_room(self) -> bool:
+        return self.held.keys is self.keys and self.held.length < self.keys.shape[2]
 
 
 class GPT(ModelMixin, ConfigMixin):
@@ -205,11 +219,13 @@ class GPT(ModelMixin, ConfigMixin):
             cache.setdefault("num_tokens", sequence.coords.shape[1] - 1)  # what follows the last id is never asked for
             cache["seen"] = before + h.shape[1]
         tokens = part(sequence, before, before + h.shape[1])
-        kernel = self._kernel(h, tokens, cache) if before and h.shape[1] == 1 else None
-        if kernel is not None:
+        steps = self._steps(h, tokens, cache) if before and h.shape[1] == 1 else None
+        if steps is not None:
             h = h[:, 0]
-            for block in self.blocks:
-                h = cast(Block, block).step(h, tokens, cast(Cache, cache), kernel)
+            turns = {turn: rope_table(tokens.coords, *turn) for turn in {step.turn for step in steps}}
+            for step in steps:
+                h = step.run(h, *turns[step.turn], step.held.length)
+                step.held.length += 1
             return self.head(self.norm(h)).unsqueeze(1)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -227,12 +243,17 @@ class GPT(ModelMixin, ConfigMixin):
             cache["context"] = context
         return context
 
-    def _kernel(self, h: Tensor, tokens: Layout, cache: Cache | None) -> Any:
-        """What takes a single token through a block faster than its parts, or None."""
+    def _steps(self, h: Tensor, tokens: Layout, cache: Cache | None) -> list[Step] | None:
+        """What takes a single token through the blocks faster than their parts, or None. Made once for a cache."""
         is_inference = not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
         if cache is None or not is_inference or tokens.coords.shape[0] > 1 or torch.compiler.is_compiling():
             return None
-        return compiled(h[:, 0]) if all(cast(Block, block).is_plain for block in self.blocks) else None
+        steps = cache.get("quick")
+        if steps is None or not all(step.has_room for step in steps):
+            blocks = [cast(Block, block) for block in self.blocks]
+            kernel = compiled(h[:, 0]) if all(block.is_plain for block in blocks) else None
+            steps = cache["quick"] = [] if kernel is None else [block.step(cache, kernel) for block in blocks]
+        return steps or None
 
     def step_counts(self, grid: tuple[int, ...]) -> list[int]:
         """How many ids each step of sampling draws."""

@@ -85,7 +85,7 @@ def forget(cache: Cache, count: int) -> None:
             cache[name] = value - count
         elif hasattr(value, "truncate"):
             value.truncate(value.length - count)
-        elif name not in ("num_tokens", "context"):
+        elif name not in ("num_tokens", "context", "quick"):
             raise UsageError(
                 "sampler.type=jacobi takes back what did not hold, which only attention can; use sampler.type=autoregressive"
             )

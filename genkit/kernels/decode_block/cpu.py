@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,13 +39,34 @@ def decode_block(
     eps: float,
 ) -> Tensor:
     """As `reference.decode_block`."""
+    return bound(norm1, wqkv, wo, norm2, wup, wdown, keys, values, eps)(x, cos, sin, length)
+
+
+def bound(
+    norm1: Tensor,
+    wqkv: Tensor,
+    wo: Tensor,
+    norm2: Tensor,
+    wup: Tensor,
+    wdown: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    eps: float,
+) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    """(x, cos, sin, length) -> what decode_block gives, with what stays from token to token looked at once."""
     if not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("keys and values must be contiguous, since they are written in place")
     B, G, room, K = keys.shape
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    read = [y.contiguous() for y in (norm1, wqkv, wo, norm2, wup, wdown, cos, sin)]
-    H = wqkv.shape[0] // K - 2 * G
-    native.function("decode_block", "decode_block", "p" * 12 + "i" * 8 + "f")(
-        x.contiguous(), out, *read, keys, values, B, x.shape[1], H, G, K, wdown.shape[1], length, room, eps
-    )
-    return out
+    D, F = wdown.shape
+    sizes = (B, D, wqkv.shape[0] // K - 2 * G, G, K, F)
+    held = [y.contiguous() for y in (norm1, wqkv, wo, norm2, wup, wdown)]
+    weights, pair = [y.data_ptr() for y in held], (keys.data_ptr(), values.data_ptr())
+    call = native.function("decode_block", "decode_block", "p" * 12 + "i" * 8 + "f")
+
+    def run(x: Tensor, cos: Tensor, sin: Tensor, length: int, held: Any = (held, keys, values)) -> Tensor:
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        out = torch.empty_like(x)
+        call(x.data_ptr(), out.data_ptr(), *weights, cos.data_ptr(), sin.data_ptr(), *pair, *sizes, length, room, eps)
+        return out
+
+    return run

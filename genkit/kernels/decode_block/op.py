@@ -68,10 +68,11 @@ def decode_block(
     return _decode_block(path, x, norm1, wqkv, wo, norm2, wup, wdown, cos, sin, keys, values, length, eps)
 
 
-def compiled(x: Tensor) -> Callable[..., Tensor] | None:
-    """The compiled path itself, which checks nothing, for a network that has checked its sizes; None where it cannot take such an x or another is ordered."""
+def compiled(x: Tensor) -> Callable[..., Callable[..., Tensor]] | None:
+    """The compiled path for tokens one after the other, which checks nothing, for a network that has checked its sizes: see cpu.bound. None where it cannot
+    take such an x or another is ordered."""
     if x.device.type != "cpu" or _decode_block.choose(None, x) != "cpu":
         return None
-    from genkit.kernels.decode_block.cpu import decode_block
+    from genkit.kernels.decode_block.cpu import bound
 
-    return decode_block
+    return bound
