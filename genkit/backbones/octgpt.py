@@ -28,7 +28,7 @@ class OctGPT(ModelMixin, ConfigMixin):
         bits: of a code; follows from the tokenizer.
         full_depth: of the first split bits.
         code_depth: of the codes.
-        max_depth: positions are counted in halves of this depth's nodes; None = code_depth.
+        max_depth: positions are counted in halves of this depth's nodes, at least those of code_depth - 1; None = code_depth.
         num_scales: rows of the scale embedding; None = one per depth from full_depth to code_depth.
         num_classes: classes that cond["label"] counts; 0 = unconditional.
         dim: D; a head's width must be divisible by 6.
@@ -43,6 +43,8 @@ class OctGPT(ModelMixin, ConfigMixin):
         has_null: a row of the class table for "no class", which guidance needs; the released models have none.
         is_aligned: windows begin anew with every sample.
         context_dim: width of cond["context"] [B, L, context_dim], tokens of a text or an image; None = there are none.
+        embed_std: of what is made of split bits, codes and classes at first. Theirs, 0.02, is small beside the positions that every block adds, and takes long
+            to be noticed; short training needs about 0.5.
         context: how they come in: "concat" in the buffer, "cross" by attention in every second block as well.
     """
 
@@ -72,6 +74,7 @@ class OctGPT(ModelMixin, ConfigMixin):
         is_aligned: bool = True,
         context_dim: int | None = None,
         context: Literal["concat", "cross"] = "concat",
+        embed_std: float = 0.02,
     ):
         super().__init__()
         if dim % num_heads or dim // num_heads % 6:
@@ -81,8 +84,10 @@ class OctGPT(ModelMixin, ConfigMixin):
         if depth < 2 or depth % 2:
             raise UsageError(f"backbone.depth={depth} must be even: half of the blocks are the encoder's")
         max_depth = code_depth if max_depth is None else max_depth
-        if not full_depth <= code_depth <= max_depth:
-            raise UsageError(f"full_depth {full_depth}, code_depth {code_depth} and max_depth {max_depth} must rise")
+        if not full_depth <= code_depth <= max_depth + 1:
+            raise UsageError(
+                f"full_depth {full_depth} and code_depth {code_depth} must rise, to 1 more than max_depth {max_depth} at most"
+            )
         if num_scales is not None and num_scales <= code_depth - full_depth:
             raise UsageError(f"num_scales={num_scales} are too few for the depths {full_depth}..{code_depth}")
         self.bits, self.full_depth, self.code_depth, self.max_depth = bits, full_depth, code_depth, max_depth
@@ -117,17 +122,20 @@ class OctGPT(ModelMixin, ConfigMixin):
         self.encoder, self.decoder = stack(), stack()
         self.split_head = nn.Linear(dim, 2)
         self.code_head = nn.Linear(dim, 2 * bits)
-        self.initialise()
+        self.initialise(embed_std)
 
-    def initialise(self) -> None:
-        """Linear layers and tables from N(0, 0.02), as in the official code; the attention to a condition keeps torch's."""
+    def initialise(self, embed_std: float) -> None:
+        """Linear layers and tables from N(0, 0.02), as in the official code, but for what reads tokens and classes; the attention to a condition keeps
+        torch's."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        for weight in (self.split.weight, self.label.weight, self.code.weight):
+            nn.init.normal_(weight, std=embed_std)
         if self.mask is not None:
-            nn.init.normal_(self.mask, std=0.02)
+            nn.init.normal_(self.mask, std=embed_std)
 
     def forward(self, tokens: OctreeTokens, known: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Logits of the split bits [S, 2] and of the bits of the codes [M, bits, 2].
