@@ -86,18 +86,25 @@ def run_octree(case: Case) -> Outputs:
 def run_octformer(case: Case) -> Outputs:
     config, octree, d = case.config, clouds(case), case.config["at_depth"]
     window, dilation, data = config["patch_size"], config["dilation"], case.inputs["data"]
-    stage = octformer.stage(case.weights, num_heads=config["num_heads"], window=window, dilation=dilation)
-    xyz, samples = octree.xyz(d)[octree.occupied(d)], octree.samples(d)[octree.occupied(d)]
-    return {
+    is_dense = not config.get("nempty", len(data) == octree.count_occupied(d))
+    options = {"num_heads": config["num_heads"], "window": window, "dilation": dilation, "is_dense": is_dense}
+    stage = octformer.stage(case.weights, **options)
+    xyz, samples = octree.xyz(d), octree.samples(d)
+    if not is_dense:
+        xyz, samples = xyz[octree.occupied(d)], samples[octree.occupied(d)]
+    padded = torch.nn.functional.pad(xyz, (0, 0, 0, -len(xyz) % (window * dilation)))  # their row of windows
+    outputs = {
         "attention_block0": stage[0].attention(data, xyz, samples),
-        "attention_block1_dilated": stage[1].attention(data, xyz, samples),
         "cpe_block0": stage[0].positions(data, octree, d),
         "block0": stage[0](data, octree, d),
         "stage": stage(data, octree, d),
-        "rel_pos": relative(xyz, window, 1)[:2],
-        "dilate_pos": relative(xyz, window, dilation)[:2],
+        "rel_pos": relative(padded, window, 1)[:2],
+        "dilate_pos": relative(padded, window, dilation)[:2],
         "patch_mask_blocked": _blocked(samples, window, octree.batch_size, dilation=1, multiple=window * dilation),
     }
+    if len(stage) > 1:
+        outputs["attention_block1_dilated"] = stage[1].attention(data, xyz, samples)
+    return outputs
 
 
 def run_octgpt(case: Case) -> Outputs:
@@ -108,7 +115,9 @@ def run_octgpt(case: Case) -> Outputs:
     for name, kind in (("class_id", "label"), ("context", "context"), ("condition", "context"), ("cond", "context")):
         if name in case.inputs:
             cond[kind] = case.inputs[name]
-    splits, known = splits_of(octree, high), case.inputs["mask"] == 0
+    # From their first depth on, which may be another than the one down to which octrees are complete.
+    splits = torch.cat([octree.is_occupied(d) for d in range(low, high)]).long()
+    known = case.inputs["mask"] == 0
     outputs: Outputs = {"split_seq": splits, **_binary(case.inputs["vq_features"])}
     code = outputs["vq_indices"]
     places = model.places(octree, range(low, high + 1))

@@ -218,6 +218,7 @@ def test_bits_come_back():
         ({"num_heads": 5}, "divisible by 6"),
         ({"depth": 3}, "must be even"),
         ({"full_depth": 4}, "must rise"),
+        ({"max_depth": 1}, "1 more than max_depth 1 at most"),
         ({"num_scales": 1}, "too few"),
     ],
 )
@@ -279,6 +280,32 @@ def test_the_importer_reads_its_own_export_and_names_what_is_missing():
         importer.convert(state, options)
     with pytest.raises(UsageError, match="patch_size and dilation"):
         importer.convert(state)
+
+
+def test_classes_that_the_original_does_not_read_are_left_out():
+    from genkit.importers.names import source_of
+
+    options = {"patch_size": 16, "dilation": 2, "num_heads": 2, "buffer_size": 3, "depth_low": 1, "depth_high": 3}
+    tokens = shapes()
+    known = torch.ones(len(samples_of(tokens.octree)), dtype=torch.bool)
+    context = {"context_dim": 8, "buffer": 4}
+    for extra, told, cond in (({}, {"condition_type": "none"}, {}), (context, {}, {"context": torch.randn(3, 4, 8)})):
+        model = tiny(num_classes=0, positions="table", **extra)
+        state = {source_of(key, importer.RULES)[0]: value for key, value in model.state_dict().items()}
+        state["class_emb.weight"] = torch.cat([state["class_emb.weight"], torch.randn(4, 24)])
+        again = importer.convert(state, options | told | {"buffer_size": model.buffer})
+        for a, b in zip(model(tokens, known, cond), again(tokens, known, cond), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_codes_one_depth_below_the_positions():
+    """Positions count halves of the nodes one depth above, which are whole nodes of the codes: theirs stand at their corners."""
+    model, tokens = tiny(max_depth=2, positions="table"), shapes()
+    places = model.places(tokens.octree, range(1, 4))
+    assert torch.equal(places.xyz[-tokens.octree.count(3) :].long(), tokens.octree.xyz(3))
+    assert int(places.xyz.max()) < 8
+    known = torch.ones(len(samples_of(tokens.octree)), dtype=torch.bool)
+    assert logits(model, tokens, known, [0, 1, 0]).isfinite().all()
 
 
 def test_guidance_goes_from_the_model_without_classes_past_the_one_with():

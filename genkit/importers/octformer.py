@@ -1,4 +1,4 @@
-"""Stages of octree-nn/octformer, with the group convolution as position encoding. Part of a network: there is no word for it after --from."""
+"""Stages of octree-nn/octformer, with the group convolution or the depthwise one as position encoding. Part of a network: there is no word for it after --from."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from genkit.nn.octformer import OctFormerStage
 WHAT = "a stage of an OctFormer"
 IGNORED: dict[str, str] = {}
 _GROUPS = 8
+_GROUPED = tuple(f"blocks.{{0}}.cpe.conv.convs.{g}.weights" for g in range(_GROUPS))
+_DEPTHWISE = ("blocks.{0}.cpe.conv.weights",)
 RULES: Rules = (
-    (r"(\d+)\.positions\.conv\.weight", tuple(f"blocks.{{0}}.cpe.conv.convs.{g}.weights" for g in range(_GROUPS))),
     (r"(\d+)\.positions\.norm\.(.+)", "blocks.{0}.cpe.bn.{1}"),
     (r"(\d+)\.attention\.table", "blocks.{0}.attention.rpe.rpe_table"),
     (r"(\d+)\.mlp\.0\.(.+)", "blocks.{0}.mlp.fc1.{1}"),
@@ -28,6 +29,7 @@ def stage(
 ) -> OctFormerStage:
     """State dict of an OctFormerStage -> our stage in evaluation mode. Widths, depth and the table are read from the weights."""
     dim = shape(state, "blocks.0.norm1.weight", WHAT)[0]
+    is_depthwise = _DEPTHWISE[0].format(0) in state
     network = OctFormerStage(
         dim,
         num_heads,
@@ -36,10 +38,17 @@ def stage(
         dilation=dilation,
         mlp_ratio=shape(state, "blocks.0.mlp.fc1.weight", WHAT)[0] / dim,
         has_positions="blocks.0.attention.rpe.rpe_table" in state,
+        has_bias="blocks.0.attention.qkv.bias" in state,
+        is_depthwise=is_depthwise,
         is_dense=is_dense,
     )
-    # Theirs are one weight [27, C / 8, C / 8] per group; ours begin with the groups.
+    # Theirs are one weight [27, C / 8, C / 8] per group, or [27, 1, C]; ours begin with the groups.
     laid_out = {key: value[None] if ".convs." in key else value for key, value in state.items()}
+    if is_depthwise:
+        laid_out |= {
+            key: value.movedim(2, 0)[..., None] for key, value in state.items() if key.endswith(".cpe.conv.weights")
+        }
     laid_out |= {key: value.clone() for key, value in laid_out.items() if torch.is_tensor(value) and value.ndim == 0}
-    fill(network, laid_out, RULES, IGNORED, WHAT)
+    conv = (r"(\d+)\.positions\.conv\.weight", _DEPTHWISE if is_depthwise else _GROUPED)
+    fill(network, laid_out, (conv, *RULES), IGNORED, WHAT)
     return network.eval()

@@ -49,7 +49,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 
     Args:
         config: of the original's options, by their names: patch_size, dilation and num_heads (by default those of the published model of this width, 8
-            heads), buffer_size (64), use_swin (true), depth_low (3), depth_high or depth_stop, the depth of the codes (6), drop_rate (0.1). Windows run on
+            heads), buffer_size (64), use_swin (true), depth_low (3), depth_high or depth_stop, the depth of the codes (6), drop_rate (0.1), condition_type ("none" leaves classes there are unread). Windows run on
             through a batch, as theirs do, where is_aligned is false; by default they begin anew with every sample, which is the same for one shape.
 
     Raises: GenkitError for weights that do not fit, naming the keys; UsageError where the size of the windows has to be told.
@@ -59,6 +59,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     rows = shape(state, "class_emb.weight", WHAT)[0]
     block = "encoder.layers.blocks.0."
     context_dim = shape(state, "cond_proj.weight", WHAT)[1] if has(state, "cond_proj.") else None
+    has_classes = rows > 1 and context_dim is None and options.get("condition_type") != "none"
     window, dilation = WINDOWS.get((dim, rows > 1), (None, None))
     window, dilation = options.get("patch_size", window), options.get("dilation", dilation)
     if window is None or dilation is None:
@@ -73,7 +74,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
         code_depth=options.get("depth_high", options.get("depth_stop", CODE_DEPTH)),
         max_depth=shape(state, table, WHAT)[0].bit_length() - 2 if table in state else MAX_DEPTH,
         num_scales=shape(state, f"{block}pos_emb.depth_emb.weight", WHAT)[0],
-        num_classes=rows if rows > 1 and context_dim is None else 0,
+        num_classes=rows if has_classes else 0,
         dim=dim,
         depth=2 * count(state, "encoder.layers.blocks.{}."),
         num_heads=options.get("num_heads", 8),
@@ -89,6 +90,8 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
         context_dim=context_dim,
         context="cross" if has(state, f"{block}cross_attn.") else "concat",
     )
+    if not has_classes:  # theirs reads the first row where there are no classes, and none beside a text or an image
+        state = {**state, "class_emb.weight": state["class_emb.weight"][:1]}
     fill(network, state, RULES, IGNORED, WHAT)
     return network.eval()
 

@@ -1,7 +1,7 @@
 """OctFormer: a transformer stage on octree nodes with window attention, relative positions and a convolution as position encoding.
 
 Wang, "OctFormer: Octree-based Transformers for 3D Point Clouds", 2023; `octree-nn/octformer models/octformer.py` with the group convolution (its
-`use_dwconv=False`), whose released code adds the relative position table.
+`use_dwconv=False`) or the depthwise one; its released code adds the relative position table.
 """
 
 from __future__ import annotations
@@ -29,12 +29,22 @@ class OctreeAttention(nn.Module):
         window: nodes per window.
         dilation: 1 = neighbours in z-order.
         has_positions: a learned table of clamped distances along each axis is added to the scores.
+        has_bias: of queries, keys and values.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, window: int, dilation: int = 1, has_positions: bool = True):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window: int,
+        dilation: int = 1,
+        has_positions: bool = True,
+        has_bias: bool = True,
+    ):
         super().__init__()
         self.num_heads, self.window, self.dilation = num_heads, window, dilation
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=has_bias)
         self.proj = nn.Linear(dim, dim)
         self.reach = int(0.8 * window * math.sqrt(dilation))
         self.table = None
@@ -64,11 +74,11 @@ def relative(xyz: Tensor, window: int, dilation: int) -> Tensor:
 
 
 class PositionConv(nn.Module):
-    """Conditional position encoding: a group convolution over the neighbourhood and a batch norm."""
+    """Conditional position encoding: a convolution over the neighbourhood, in 8 groups or of each channel by itself, and a batch norm."""
 
-    def __init__(self, dim: int, *, is_dense: bool = False):
+    def __init__(self, dim: int, *, is_depthwise: bool = False, is_dense: bool = False):
         super().__init__()
-        self.conv = OctreeConv(dim, dim, groups=_CPE_GROUPS, is_dense=is_dense)
+        self.conv = OctreeConv(dim, dim, groups=dim if is_depthwise else _CPE_GROUPS, is_dense=is_dense)
         self.norm = nn.BatchNorm1d(dim)
 
     def forward(self, x: Tensor, octree: Octree, depth: int) -> Tensor:
@@ -88,13 +98,17 @@ class OctFormerBlock(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         has_positions: bool = True,
+        has_bias: bool = True,
+        is_depthwise: bool = False,
         is_dense: bool = False,
     ):
         super().__init__()
         self.is_dense = is_dense
-        self.positions = PositionConv(dim, is_dense=is_dense)
+        self.positions = PositionConv(dim, is_depthwise=is_depthwise, is_dense=is_dense)
         self.norm1 = nn.LayerNorm(dim)
-        self.attention = OctreeAttention(dim, num_heads, window=window, dilation=dilation, has_positions=has_positions)
+        self.attention = OctreeAttention(
+            dim, num_heads, window=window, dilation=dilation, has_positions=has_positions, has_bias=has_bias
+        )
         self.norm2 = nn.LayerNorm(dim)
         hidden = int(dim * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
