@@ -1,6 +1,6 @@
 """Everything that docs/results/tokens_masked.md reports: what reused context saves and costs, and residual tokens at any depth.
 
-    python scripts/results_tokens_masked.py                        # all of it: about half an hour on two idle CPU cores
+    python scripts/results_tokens_masked.py                        # all of it: about an hour on two idle CPU cores
     python scripts/results_tokens_masked.py train --samples 6400
     python scripts/results_tokens_masked.py measure page
 
@@ -21,25 +21,23 @@ from typing import Any
 import torch
 
 import genkit
-from genkit.backbones.resgen import ResGen
-from genkit.guidance import Guidance, guide
-from genkit.nn.layout import dense_layout
-from genkit.objectives.resgen import ResGen as ResGenObjective
+from genkit.optional import require
 from genkit.pipeline import open_run
 from genkit.reuse.recap import Recap
-from genkit.rng import Rng
 from genkit.samplers.mar import MAR as MARSampler
 from genkit.samplers.masked import Masked as Sampler
-from genkit.samplers.resgen import ResGen as ResGenSampler
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs/results/tokens_masked.md"
+PAGE, CURVE = ROOT / "docs/results/tokens_masked.md", ROOT / "docs/results/tokens-reuse.png"
 DEPTHS = (1, 2, 4, 8)  # ids per place
 TOY = ROOT / "genkit/configs/toy"
 # Leading full steps, light steps per full one.
 SETTINGS = ((0, 0), (8, 1), (0, 1), (4, 3), (0, 3), (0, 7))
-FD_STEPS, SPEED_STEPS, SEEDS = 16, 32, (0, 1, 2)
+FD_STEPS, SPEED_STEPS, SEEDS = 16, {"MaskGIT": 32, "MAR": 64}, (0, 1, 2)
+RUNS = {"MaskGIT": "masked", "MAR": "mar"}  # trained on the same tokens
 RESGEN_STEPS = 16
+SIZE = ["backbone.dim=160", "backbone.depth=3"]  # of ResGen: 1.46 million weights
+RQ_SIZE = ["backbone.depth=3", "backbone.head_depth=1"]  # of the generator that draws depth first: 1.49 million
 
 
 def tokenizer(depth: int) -> str:
@@ -56,11 +54,13 @@ def train(out: Path, samples: int, given: Path | None) -> None:
     short = [f"train.num_samples={samples}", "train.warmup_samples=1280", "train.ema=0.99", "log.every_steps=20"]
     short += ["log.sample_every_steps=10000", "log.save_every_steps=10000"]
     for depth in DEPTHS:
-        options = [*short, f"tokenizer.from={source(out, given, depth)}"]
+        options = [*short, *SIZE, f"tokenizer.from={source(out, given, depth)}"]
         genkit.train(TOY / "resgen-fashion.yaml", options, name=f"resgen-{depth}", out=out)
-    genkit.train(
-        TOY / "masked-fashion.yaml", [*short, f"tokenizer.from={source(out, given, 1)}"], name="masked", out=out
-    )
+    options = [*short, *RQ_SIZE, f"tokenizer.from={source(out, given, 4)}"]
+    genkit.train(TOY / "rq-fashion.yaml", options, name="rq-4", out=out)
+    for name, own in (("masked", []), ("mar", ["backbone.head_width=96"])):
+        options = [*short, *own, f"tokenizer.from={source(out, given, 1)}"]
+        genkit.train(TOY / f"{name}-fashion.yaml", options, name=name, out=out)
 
 
 def source(out: Path, given: Path | None, depth: int) -> Path:
@@ -75,53 +75,55 @@ def source(out: Path, given: Path | None, depth: int) -> Path:
 class Store:
     """Figures by name, in a file that grows."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, only: list[str] | None = None):
+        self.path, self.only = path, only or [""]
         self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
     def keep(self, name: str, make: Callable[[], Any]) -> Any:
-        if name not in self.found:
+        if name not in self.found and (name == "count" or name.startswith(tuple(self.only))):
             print(name, flush=True)
             self.found[name] = make()
             self.path.write_text(json.dumps(self.found, indent=1))
-        return self.found[name]
+        return self.found.get(name)
 
 
-def measure(out: Path, given: Path | None, count: int) -> None:
-    store = Store(out / "masked.json")
+def measure(out: Path, given: Path | None, count: int, only: list[str]) -> None:
+    """What is not there yet; `only`: of figures whose names begin with one of these."""
+    store = Store(out / "masked.json", only)
     store.keep("count", lambda: count)
-    for host in ("MaskGIT", "MAR"):
-        for grid in (16, 32):
-            store.keep(f"speed {host} {grid * grid}", lambda host=host, grid=grid: speeds(host, grid))
-    if (out / "masked" / "checkpoints" / "last").exists():
+    for depth in DEPTHS:
+        store.keep(f"rfd {depth}", lambda d=depth: reconstructed(source(out, given, d)))
+    for run in (*(f"resgen-{depth}" for depth in DEPTHS), "rq-4"):
+        if (out / run / "checkpoints" / "last").exists():
+            for seed in SEEDS:
+                options = [f"num_steps={RESGEN_STEPS}"] if run.startswith("resgen") else []
+                store.keep(f"fd {run} {seed}", lambda r=run, s=seed, o=options: distance(out / r, count, s, o))
+            store.keep(f"seconds {run}", lambda r=run: seconds(out / r))
+    for host, name in RUNS.items():
+        if not (out / name / "checkpoints" / "last").exists():
+            continue
         for alone, light in SETTINGS:
             for seed in SEEDS:
-                name = f"fd masked {alone} {light} {seed}"
+                changes = reuse(host, alone, light, FD_STEPS)
                 store.keep(
-                    name, lambda a=alone, c=light, s=seed: distance(out / "masked", count, s, reuse(a, c, FD_STEPS))
+                    f"fd {host} {alone} {light} {seed}",
+                    lambda n=name, s=seed, c=changes: distance(out / n, count, s, c),
                 )
         for steps in (4, 8):
             for seed in SEEDS:
                 store.keep(
-                    f"fd masked {steps} steps {seed}",
-                    lambda t=steps, s=seed: distance(out / "masked", count, s, [f"num_steps={t}"]),
+                    f"fd {host} {steps} steps {seed}",
+                    lambda n=name, t=steps, s=seed: distance(out / n, count, s, [f"num_steps={t}"]),
                 )
-    for depth in DEPTHS:
-        run = out / f"resgen-{depth}"
-        if (run / "checkpoints" / "last").exists():
-            for seed in SEEDS:
-                options = [f"num_steps={RESGEN_STEPS}"]
-                store.keep(f"fd resgen {depth} {seed}", lambda r=run, s=seed, o=options: distance(r, count, s, o))
-        if (coder := source(out, given, depth)).exists():
-            store.keep(f"seconds resgen {depth}", lambda c=coder: seconds(c))
+    for grid in (16, 32):
+        for host in RUNS:
+            store.keep(f"speed {host} {grid * grid}", lambda host=host, grid=grid: speeds(host, grid))
 
 
-def reuse(alone: int, light: int, steps: int) -> list[str]:
-    """Changes of the sampler."""
-    return [
-        f"num_steps={steps}",
-        f"reuse={json.dumps({'type': 'recap', 'full_steps': alone, 'light': light})}" if light else "reuse=null",
-    ]
+def reuse(host: str, alone: int, light: int, steps: int) -> list[str]:
+    """Changes of the sampler: so many leading full steps, so many light ones per full one."""
+    spec = {"type": "recap", "full_steps": alone, "light": light, "keeps_condition": host == "MAR"}
+    return [f"num_steps={steps}", f"reuse={json.dumps(spec)}" if light else "reuse=null"]
 
 
 def distance(run: Path, count: int, seed: int, sampler: list[str]) -> float:
@@ -130,23 +132,20 @@ def distance(run: Path, count: int, seed: int, sampler: list[str]) -> float:
     return float(report["FD"])
 
 
-def seconds(tokenizer: Path) -> float:
-    """CPU seconds per image of ids, 64 at a time, decoding left out: the time does not depend on weights, which are random."""
-    coder = open_run(tokenizer).tokenizer
-    objective, label = ResGenObjective(), torch.arange(64) % 10
-    objective.bind(coder)
-    torch.manual_seed(0)
-    model = ResGen(
-        channels=coder.channels, num_levels=coder.num_levels, num_classes=10, grid=(7, 7), dim=128, depth=4
-    ).eval()
-    layout, holes = dense_layout((7, 7)), torch.full((64, coder.num_levels, 7, 7), -1)
-    predict = guide(objective, model, {"label": label}, layout, Guidance(2.0))
-    taken = []
-    with torch.inference_mode():
-        for _ in range(3):
-            started = time.process_time()
-            ResGenSampler(num_steps=RESGEN_STEPS)(predict, holes, Rng.at(0, 0, 64))
-            taken.append((time.process_time() - started) / 64)
+def reconstructed(tokenizer: Path) -> float:
+    """rFD of held-out images."""
+    rows = genkit.evaluate(open_run(tokenizer)).rows
+    return float(next(row["value"] for row in rows if row["metric"].startswith("rFD")))
+
+
+def seconds(run: Path) -> float:
+    """CPU seconds per image, 20 at a time, the least of three."""
+    pipe, labels, taken = open_run(run), torch.arange(20) % 10, []
+    steps = RESGEN_STEPS if "num_steps" in pipe.sampler else None
+    for _ in range(3):
+        started = time.process_time()
+        pipe.generate(labels, list(range(20)), steps=steps)
+        taken.append((time.process_time() - started) / 20)
     return min(taken)
 
 
@@ -157,7 +156,6 @@ def speeds(host: str, grid: int) -> dict[str, float]:
     assert spec.loader is not None
     suite = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(suite)
-    batch = 4 if grid == 16 else 1
     size: dict[str, Any] = {"dim": 384, "depth": 12, "num_heads": 6, "grid": (grid, grid)}
     calls = {}
     if host == "MaskGIT":
@@ -168,17 +166,26 @@ def speeds(host: str, grid: int) -> dict[str, float]:
         model = suite.mar(**size)
         make, draw = MARSampler, suite.mar_sampling
         options = {"head_steps": 10}
+    steps = SPEED_STEPS[host]
     for alone, light in SETTINGS:
-        kind = Recap(full_steps=2 * alone, light=light, keeps_condition=host == "MAR") if light else None
-        calls[f"{alone} {light}"] = draw(model, batch, (grid, grid), make(num_steps=SPEED_STEPS, reuse=kind, **options))
+        if grid > 16 and alone:  # minutes each
+            continue
+        kind = recap(host, alone, light) if light else None
+        calls[f"{alone} {light}"] = draw(model, 1, (grid, grid), make(num_steps=steps, reuse=kind, **options))
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(2):
+    for _ in range(2 if grid == 16 else 1):
         for name, call in calls.items():
             started = time.process_time()
             call()
             taken[name].append(time.process_time() - started)
     least = {name: min(values) for name, values in taken.items()}
-    return {name: least["0 0"] / value for name, value in least.items()} | {"seconds": least["0 0"] / batch}
+    return {name: least["0 0"] / value for name, value in least.items()} | {"seconds": least["0 0"]}
+
+
+def recap(host: str, alone: int, light: int) -> Recap:
+    """As large a share of leading full steps as where distances are measured."""
+    leading = alone * SPEED_STEPS[host] // FD_STEPS
+    return Recap(full_steps=leading, light=light, keeps_condition=host == "MAR")
 
 
 def page(out: Path) -> None:
@@ -190,11 +197,16 @@ def page(out: Path) -> None:
         after = rest.split(f"<!-- end of {mark} -->", 1)[1]
         text = f"{before}<!-- {mark} -->\n{rows}\n<!-- end of {mark} -->{after}"
     PAGE.write_text(text)
+    curve(found)
+
+
+def taken(found: dict[str, Any], start: str) -> list[float]:
+    return [found[f"{start} {seed}"] for seed in SEEDS if f"{start} {seed}" in found]
 
 
 def spread(found: dict[str, Any], start: str) -> str:
-    """Mean and deviation over seeds."""
-    values = [found[f"{start} {seed}"] for seed in SEEDS if f"{start} {seed}" in found]
+    """Mean and deviation over seeds of sampling."""
+    values = taken(found, start)
     if not values:
         return "not measured"
     if len(values) == 1:
@@ -203,35 +215,60 @@ def spread(found: dict[str, Any], start: str) -> str:
 
 
 def reuse_table(found: dict[str, Any]) -> str:
-    hosts = [(host, tokens) for host in ("MaskGIT", "MAR") for tokens in (256, 1024)]
-    lines = [
-        "| full steps at first | light per full one | full : light of 32 | "
-        + " | ".join(f"{h}, {n}" for h, n in hosts)
-        + f" | FD of {found.get('count', 0):,} images |"
-    ]
-    lines.append("|" + "---|" * (4 + len(hosts)))
+    hosts = [(host, tokens) for host in RUNS for tokens in (256, 1024)]
+    head = ["full steps at first", "light per full one", *(f"{h}, {n} tokens" for h, n in hosts)]
+    lines = [f"| {' | '.join([*head, *(f'FD, {host}' for host in RUNS)])} |", "|" + "---|" * (4 + len(hosts))]
     for alone, light in SETTINGS:
-        groups = Recap(full_steps=2 * alone, light=light).groups(SPEED_STEPS)
         cells = [found.get(f"speed {host} {tokens}", {}).get(f"{alone} {light}") for host, tokens in hosts]
         shown = " | ".join("not measured" if cell is None else f"{cell:.2f}" for cell in cells)
-        share = f"{alone / FD_STEPS:.0%}"
-        counts = f"{len(groups)} : {SPEED_STEPS - len(groups)}"
-        lines.append(f"| {share} | {light} | {counts} | {shown} | {spread(found, f'fd masked {alone} {light}')} |")
+        distances = " | ".join(spread(found, f"fd {host} {alone} {light}") for host in RUNS)
+        lines.append(f"| {alone / FD_STEPS:.0%} | {light} | {shown} | {distances} |")
     for steps in (4, 8):
-        dots = " | ".join("" for _ in hosts)
-        lines.append(f"| {steps} of 16 steps, all full | | | {dots} | {spread(found, f'fd masked {steps} steps')} |")
+        distances = " | ".join(spread(found, f"fd {host} {steps} steps") for host in RUNS)
+        dots = " | ".join(f"{FD_STEPS / steps:.2f}" for _ in hosts)
+        lines.append(f"| {steps} of {FD_STEPS} steps, all full | | {dots} | {distances} |")
     return "\n".join(lines)
 
 
+def curve(found: dict[str, Any]) -> None:
+    """Distance over speed: light steps, and fewer steps that are all full."""
+    require("matplotlib").use("agg")
+    figure = require("matplotlib.figure").Figure(figsize=(8, 3), layout="constrained")
+    for number, host in enumerate(RUNS, 1):
+        panel = figure.add_subplot(1, 2, number)
+        speed = found.get(f"speed {host} 256", {})
+        light = [(speed.get(f"{a} {c}"), f"fd {host} {a} {c}") for a, c in SETTINGS]
+        fewer = [(1.0, f"fd {host} 0 0")] + [(FD_STEPS / s, f"fd {host} {s} steps") for s in (8, 4)]
+        for name, points in (("light steps", light), ("fewer steps, all full", fewer)):
+            shown = [(at, values) for at, start in points if at is not None and (values := taken(found, start))]
+            shown.sort()
+            panel.errorbar(
+                [at for at, _ in shown],
+                [statistics.mean(values) for _, values in shown],
+                [statistics.pstdev(values) for _, values in shown],
+                marker="o",
+                linestyle="--" if name == "light steps" else "-",
+                capsize=3,
+                label=name,
+            )
+        panel.set_title(host)
+        panel.set_xlabel("times as fast as all steps full, 256 tokens")
+        panel.set_ylabel(f"FD of {found.get('count', 0)} images")
+        panel.legend(fontsize="small")
+    figure.savefig(CURVE, dpi=110)
+
+
 def depth_table(found: dict[str, Any]) -> str:
-    lines = [
-        f"| ids per place | ids per image | FD of {found.get('count', 0):,} images | CPU ms per image |",
-        "|---|---|---|---|",
-    ]
-    for depth in DEPTHS:
-        taken = found.get(f"seconds resgen {depth}")
-        cost = "not measured" if taken is None else f"{1000 * taken:.0f}"
-        lines.append(f"| {depth} | {49 * depth} | {spread(found, f'fd resgen {depth}')} | {cost} |")
+    head = ("generator", "ids per place", "ids per image", "rFD of the tokens", "FD", "CPU ms per image")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name, run, depth in (
+        *(("ResGen", f"resgen-{depth}", depth) for depth in DEPTHS),
+        ("RQ, depth first", "rq-4", 4),
+    ):
+        cost, bound = found.get(f"seconds {run}"), found.get(f"rfd {depth}")
+        shown = "not measured" if cost is None else f"{1000 * cost:.0f}"
+        of_tokens = "not measured" if bound is None else f"{bound:.2f}"
+        lines.append(f"| {name} | {depth} | {49 * depth} | {of_tokens} | {spread(found, f'fd {run}')} | {shown} |")
     return "\n".join(lines)
 
 
@@ -240,7 +277,10 @@ def main() -> None:
     parser.add_argument("what", nargs="*", choices=["train", "measure", "page", []], help="default: all three")
     parser.add_argument("--out", type=Path, default=Path("runs/results-masked"))
     parser.add_argument("--samples", type=int, default=25_600, help="that every generator is trained on")
-    parser.add_argument("--count", type=int, default=1000, help="images that a distance is measured on")
+    parser.add_argument("--count", type=int, default=500, help="images that a distance is measured on")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="measure: figures whose names begin so: fd, seconds, speed"
+    )
     parser.add_argument("--tokenizers", type=Path, help="runs of results_tokenizers.py, to use its tokenizers")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -249,7 +289,7 @@ def main() -> None:
         if what == "train":
             train(args.out, args.samples, args.tokenizers)
         elif what == "measure":
-            measure(args.out, args.tokenizers, args.count)
+            measure(args.out, args.tokenizers, args.count, args.only)
         else:
             page(args.out)
 

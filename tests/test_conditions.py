@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from genkit import config, train
+from genkit.backbones.masked import Masked
 from genkit.cli import main
 from genkit.conditions.captions import Captions, Encoder
 from genkit.conditions.embeddings import Database, Embedding, embedding
@@ -19,8 +20,14 @@ from genkit.conditions.label import Label
 from genkit.conditions.neighbours import FILE, Neighbours
 from genkit.data.fashion import Fashion
 from genkit.errors import GenkitError, UsageError
+from genkit.guidance import Guidance, guide
 from genkit.job import told
 from genkit.metrics import sources
+from genkit.nn.context import Context
+from genkit.nn.layout import dense_layout
+from genkit.nn.text import bytes_of
+from genkit.nn.told import Told
+from genkit.objectives.masked import Masked as MaskedObjective
 from genkit.optional import is_installed
 from genkit.pipeline import open_run
 from genkit.rng import Rng
@@ -327,3 +334,47 @@ def test_generators_of_ids_refuse_continuous_latents_and_starts_that_do_not_fit(
         pipe.generate(torch.tensor([1]), [0], start=start)
     with pytest.raises(UsageError, match=r"start has the shape \[1, 1, 7, 6\], expected \[1, 1, 7, 7\]"):
         pipe.generate(torch.tensor([1]), [0], start=start[..., :6])
+
+
+# The masked generator
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["context", "text"])
+def test_a_masked_generator_listens_and_zeros_are_nothing(name):
+    torch.manual_seed(0)
+    options = {"context_dim": 5} if name == "context" else {"text_length": 12}
+    attention = {"type": "attention", "num_heads": 2}
+    model = Masked(
+        codebook_size=7, num_levels=1, num_classes=0, grid=(4, 4), dim=16, depth=2, mixer=attention, **options
+    )
+    ids = torch.full((3, 1, 4, 4), 7)
+    given = torch.randn(3, 2, 5) if name == "context" else bytes_of(["a bag", "a coat", "schön"], 12)
+    layout = dense_layout((4, 4))
+    fresh = model.eval()(ids, None, {name: given}, layout)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    assert (fresh == 0).all()
+    said, unsaid = (model(ids, None, cond, layout) for cond in ({name: given}, {}))
+    assert (said - unsaid).abs().amax((1, 2, 3, 4)).min() > 1e-3
+    torch.testing.assert_close(model(ids, None, {name: given * 0}, layout), unsaid, atol=1e-5, rtol=1e-5)
+    predict = guide(MaskedObjective(), model, {name: given}, layout, Guidance(3.0))
+    guided = predict(ids, torch.zeros_like(ids, dtype=torch.bool))
+    torch.testing.assert_close(guided, torch.lerp(unsaid, said, 3.0), atol=1e-4, rtol=1e-5)
+    # Light passes over all tokens, with nothing changed, give what the full pass gave.
+    context = Context()
+    model(ids, None, {name: given}, layout, {"context": context})
+    context.chosen = torch.arange(16).expand(3, -1)
+    light = model(ids.flatten(2), None, {name: given}, context.layout(layout, 3), {"context": context})
+    torch.testing.assert_close(light.flatten(2, -2), said.flatten(2, -2), atol=1e-5, rtol=1e-5)
+
+
+def test_texts_are_read_once_for_all_steps():
+    said = Told(dim=8, context_dim=None, text_length=4)
+    cond = {"text": bytes_of(["ab", ""], 4)}
+    with torch.no_grad():
+        once = said.once(cond)
+        assert list(once) == ["context"]
+        for now, then in zip(said(once), said(cond), strict=True):
+            torch.testing.assert_close(now[0, :2], then[0, :2])
+        assert torch.equal(said(once)[1], said(cond)[1])

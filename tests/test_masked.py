@@ -14,6 +14,7 @@ from genkit.errors import UsageError
 from genkit.guidance import Guidance, guide
 from genkit.interfaces import Layout
 from genkit.nn.layout import dense_layout
+from genkit.objectives.dropping import drop
 from genkit.objectives.masked import Masked as Objective
 from genkit.rng import Rng
 from genkit.samplers.masked import Masked as Sampler
@@ -227,7 +228,7 @@ def test_loss_of_a_sample_does_not_depend_on_its_batch():
 
 def test_labels_are_dropped_with_the_given_probability():
     label = torch.arange(20000) % 4
-    dropped = Objective(cond_drop=0.1).drop({"label": label}, Rng.at(0, 0, 20000))["label"]
+    dropped = drop({"label": label}, 0.1, Rng.at(0, 0, 20000))["label"]
     assert abs(float((dropped == -1).float().mean()) - 0.1) < 0.01
     assert torch.equal(dropped[dropped >= 0], label[dropped >= 0])
     assert torch.equal(Objective(cond_drop=0.0).drop({"label": label}, Rng.at(0, 0, 20000))["label"], label)

@@ -11,7 +11,7 @@ from genkit.nn.text import TextEncoder
 
 
 class Told(nn.Module):
-    """cond -> (states [B, k, width], which of them are real [B, k] bool or None), or None where nothing is said.
+    """cond -> (states [B, k, width], which of them are real [B, k] bool), or None where nothing is said.
 
     Args:
         dim: of the transformer.
@@ -30,24 +30,36 @@ class Told(nn.Module):
             None if text_length is None else TextEncoder(dim=dim, num_heads=num_heads_of(dim), length=text_length)
         )
 
-    def attention(self) -> CrossAttention | None:
-        """Of one block, to what is said; None where nothing ever is."""
-        width = self.dim if self.text is not None else self.context_dim
-        return (
-            None if width is None else CrossAttention(dim=self.dim, context_dim=width, num_heads=num_heads_of(self.dim))
-        )
+    @property
+    def width(self) -> int | None:
+        """Of the states; None = nothing is ever said."""
+        return self.dim if self.text is not None else self.context_dim
 
-    def forward(self, cond: Cond) -> tuple[Tensor, Tensor | None] | None:
-        if self.text is not None:
-            return self.text(cond["text"]) if "text" in cond else None
-        if self.context_dim is None or "context" not in cond:
+    def attention(self) -> CrossAttention | None:
+        """Of one block, to what is said."""
+        if self.width is None:
+            return None
+        return CrossAttention(dim=self.dim, context_dim=self.width, num_heads=num_heads_of(self.dim))
+
+    def forward(self, cond: Cond) -> tuple[Tensor, Tensor] | None:
+        if self.text is not None and "text" in cond:
+            return self.text(cond["text"])
+        if self.width is None or "context" not in cond:
             return None
         given = cond["context"]
-        if given.ndim != 3 or given.shape[2] != self.context_dim:
+        if given.ndim != 3 or given.shape[2] != self.width:
             raise UsageError(
-                f"the context is {list(given.shape)}, expected [B, k, {self.context_dim}] as in training (backbone.context_dim)"
+                f"the context is {list(given.shape)}, expected [B, k, {self.width}] as in training (backbone.context_dim)"
             )
         return given, (given != 0).any(-1)  # all zero = nothing
+
+    def once(self, cond: Cond) -> Cond:
+        """The condition with its texts read, for a model that is asked many times."""
+        if self.text is None or "text" not in cond:
+            return cond
+        states, valid = self.text(cond["text"])
+        rest = {name: value for name, value in cond.items() if name != "text"}
+        return {**rest, "context": states * valid.unsqueeze(-1)}
 
 
 def num_heads_of(dim: int) -> int:

@@ -120,6 +120,8 @@ class Masked:
 
     def predictor(self, model: Any, cond: Cond, layout: Layout) -> PredictIds:
         """(ids, known, cache) -> logits [B, Q, *grid, S] of the model under this condition."""
+        said = getattr(unwrapped(model), "told", None)
+        cond = cond if said is None else said.once(cond)
 
         def predict(ids: Tensor, known: Tensor, cache: Cache | None = None) -> Tensor:
             x, context = torch.where(known, ids, mask_id(model)), context_of(cache)

@@ -1,0 +1,296 @@
+"""Everything that docs/results/tokens.md reports: every kind of generator on one tokenizer, and generators that are told neighbours.
+
+    python scripts/results_tokens.py                       # all of it, three quarters of an hour on two idle CPU cores
+    python scripts/results_tokens.py train --only masked gpt
+    python scripts/results_tokens.py measure page --tokenizer runs/vq-fashion
+
+It may be stopped at any time: what is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import genkit
+from genkit import comparing
+from genkit.conditions.embeddings import Database
+from genkit.data.fashion import CLASS_NAMES, Fashion
+from genkit.errors import GenkitError, UsageError
+from genkit.images import grid
+from genkit.metrics import features, sources
+from genkit.nn.layout import dense_layout
+from genkit.objectives.next_token import NextToken
+from genkit.pipeline import open_run
+from genkit.rng import Rng, sample_seeds
+
+ROOT = Path(__file__).parent.parent
+PAGE, PICTURE = ROOT / "docs/results/tokens.md", ROOT / "docs/results/tokens-neighbours.png"
+SAMPLES, COUNT = 12_800, 1000
+# The same for all: how long, and an average over fewer steps than the recipes'.
+SHORT = {
+    "train.num_samples": SAMPLES,
+    "train.warmup_samples": 1280,
+    "train.ema": 0.99,
+    "log.every_steps": 20,
+    "log.sample_every_steps": 10_000,
+    "log.save_every_steps": 10_000,
+}
+# Run -> recipe and what makes it as large as the others, 1.43 to 1.49 million weights.
+FAIR: dict[str, tuple[str, dict[str, Any]]] = {
+    "masked": ("toy/masked-fashion", {}),
+    "bert": ("toy/bert-fashion", {"backbone.dim": 144, "backbone.depth": 5}),
+    "uvit": ("toy/uvit-fashion", {"backbone.dim": 120, "backbone.depth": 6}),
+    "mage": ("toy/mage-fashion", {"backbone.dim": 144}),
+    "gpt": ("toy/gpt-fashion", {}),
+    "resgen-1": ("toy/resgen-fashion", {"backbone.dim": 160, "backbone.depth": 3}),
+    "mar": ("toy/mar-fashion", {"backbone.head_width": 96}),
+    "dit": (
+        "toy/dit-fashion",
+        {"data.size": None, "backbone.dim": 112, "backbone.depth": 6, "backbone.mixer.num_heads": 4, "metrics": []},
+    ),
+}
+HELD_OUT = ("bag", "sneaker")
+NARROW = {"backbone.dim": 112}  # with attention to the neighbours as large as the generator without
+TOLD: dict[str, tuple[str, dict[str, Any]]] = {
+    "told-nothing": ("toy/gpt-fashion", {"objective.cond_drop": 1.0, "sampler.guidance": 1.0}),
+    "told-neighbours": ("toy/rarm-fashion", NARROW),
+    "told-eight": (
+        "toy/rarm-fashion",
+        {**NARROW, "data.type": "folder", "data.path": "eight-classes", "data.size": 28, "data.channels": 1},
+    ),
+}
+
+
+def train(out: Path, tokenizer: Path, only: list[str]) -> None:
+    """Every generator, on a tokenizer that is trained first where it is not given."""
+    if not (tokenizer / "checkpoints").is_dir():
+        options = {"tokenizer.codebook_size": 1024, "train.num_samples": 8000}
+        genkit.train("toy/vq-fashion", options, name=tokenizer.name, out=tokenizer.parent)
+    write_eight(out / "eight-classes")
+    for name, (recipe, options) in {**FAIR, **TOLD}.items():
+        if (only and name not in only) or finished(out / name):
+            continue
+        chosen = SHORT | options | {"tokenizer.from": str(tokenizer)}
+        if "data.path" in options:
+            chosen["data.path"] = str(out / options["data.path"])
+        genkit.train(recipe, chosen, name=name, out=out)
+
+
+def finished(run: Path) -> bool:
+    try:
+        pipe = open_run(run)
+    except (GenkitError, UsageError):
+        return False
+    return int(pipe.folder.parent.name) * pipe.run_config["train"]["batch_size"] >= SAMPLES
+
+
+def write_eight(folder: Path) -> None:
+    """The training images without two of their classes, as a folder of PNGs."""
+    if folder.is_dir():
+        return
+    images = Fashion(source="embedded", split="train")
+    for i, label in enumerate(images.labels.tolist()):
+        if CLASS_NAMES[label] not in HELD_OUT:
+            path = folder / CLASS_NAMES[label] / f"{i:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images.pixels[i, 0].numpy()).save(path)
+
+
+def measure(out: Path) -> None:
+    """Figures that are not there yet; those of the fair table are the reports of the runs themselves."""
+    file = out / "tokens.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+
+    def keep(name: str, make: Any) -> None:
+        if name not in found:
+            print(name, flush=True)
+            found[name] = make()
+            file.write_text(json.dumps(found, indent=1))
+
+    for name in FAIR:
+        if finished(out / name):
+            if not list((out / name / "eval").glob(f"*-{COUNT}.json")):
+                genkit.evaluate(out / name, count=COUNT, batch_size=100)
+            keep(f"seconds {name}", lambda run=out / name: seconds(run))
+    if finished(out / "told-nothing"):
+        keep("fd nothing", lambda: distance(open_run(out / "told-nothing"), 1.0))
+    if finished(out / "told-neighbours"):
+        pipe = open_run(out / "told-neighbours")
+        for guidance in (1.0, 2.0):
+            keep(f"fd neighbours {guidance:g}", lambda g=guidance: distance(pipe, g))
+        keep("parameters", lambda: [weights(open_run(out / f"told-{what}")) for what in ("nothing", "neighbours")])
+        keep("nll", lambda: likelihoods(pipe))
+    if finished(out / "told-eight"):
+        pipe = open_run(out / "told-eight")
+        own, others = pipe.told.database, pipe.told.open("fashion:train").of_classes(map(CLASS_NAMES.index, HELD_OUT))
+        for guidance in (1.0, 2.0):
+            for name, database in (("eight", own), ("held out", others)):
+                keep(f"share {name} {guidance:g}", lambda d=database, g=guidance: share_of_held_out(pipe, d, g))
+        keep("picture", lambda: picture(pipe, own, others))
+
+
+def seconds(run: Path) -> float:
+    """CPU seconds per image, 20 at a time."""
+    pipe, labels = open_run(run), torch.arange(20) % 10
+    pipe.generate(labels[:2], [0, 1])
+    started = time.process_time()
+    pipe.generate(labels, list(range(20)))
+    return (time.process_time() - started) / 20
+
+
+def weights(pipe: Any) -> int:
+    return sum(p.numel() for p in pipe.backbone.parameters())
+
+
+def distance(pipe: Any, guidance: float) -> dict[str, float]:
+    """FD to the training images; of a generator that is told neighbours, how often its samples are of the class that was looked up."""
+    report = genkit.evaluate(pipe, count=COUNT, guidance=guidance, batch_size=100)
+    return {row["metric"].partition(" ")[0]: row["value"] for row in report.rows}
+
+
+@torch.no_grad()
+def likelihoods(pipe: Any) -> dict[str, float]:
+    """Nats per id of 1,000 images that were not trained on: told their neighbours, those of other images, nothing."""
+    images = sources.from_spec(pipe.run_config["data"], "val")
+    x, _ = images.read(0, images.count)
+    ids = pipe.tokenizer.encode(x).ids
+    database: Database = pipe.told.database
+    context = database.vectors[database.search(pipe.told.embed(x), pipe.told.k)]
+    objective, found = NextToken(cond_drop=0.0), {}
+    for name, said in (("own", context), ("others", context.roll(1, 0)), ("nothing", context * 0)):
+        losses = objective(pipe.backbone, ids, {"context": said}, dense_layout(pipe.grid), Rng.at(0, 0, len(ids)))
+        found[name] = losses["nll"].mean().item()
+    return found
+
+
+def share_of_held_out(pipe: Any, database: Database, guidance: float) -> float:
+    """Share of samples in which a classifier sees a class that was never trained on."""
+    held_out = torch.tensor([CLASS_NAMES.index(name) for name in HELD_OUT])
+    seen = []
+    for first in range(0, COUNT // 2, 100):
+        x = draw(pipe, database, range(first, first + 100), guidance)
+        seen.append(torch.isin(features.load("fashion-cnn").logits(x).argmax(1), held_out))
+    return torch.cat(seen).float().mean().item()
+
+
+def draw(pipe: Any, database: Database, numbers: range, guidance: float) -> Tensor:
+    labels = torch.full((len(numbers),), -1)
+    seeds = sample_seeds(0, numbers.start, len(numbers))
+    return pipe.generate(labels, seeds, guidance=guidance, database=database)
+
+
+def picture(pipe: Any, own: Database, others: Database) -> str:
+    """Samples after the database of training, and after that of the classes held out."""
+    rows = [draw(pipe, database, range(16), 2.0) for database in (own, others)]
+    grid(torch.cat(rows), columns=16, row_names=("trained", "swapped")).save(PICTURE)
+    return PICTURE.name
+
+
+# The page
+
+
+def page(out: Path) -> None:
+    found = json.loads((out / "tokens.json").read_text()) if (out / "tokens.json").exists() else {}
+    parts = {"fair": fair_table(out, found), "told": told_table(found), "swapped": swapped_table(found)}
+    text = PAGE.read_text(encoding="utf-8")
+    for name, content in parts.items():
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S
+        )
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def lines(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    return "\n".join([f"| {' | '.join(map(str, row))} |" for row in (head, ("---",) * len(head), *rows)])
+
+
+def fair_table(out: Path, found: dict[str, Any]) -> str:
+    """What `genkit eval --compare` says of the runs, with the time of an image beside."""
+    reports = [path for name in FAIR for path in sorted((out / name / "eval").glob(f"*-{COUNT}.json"))[-1:]]
+    compared = comparing.compare(reports)
+    rows = []
+    figures: dict[str, dict[str, Any]] = {}
+    for part in compared["tables"]:
+        for row in part["rows"]:
+            figures.setdefault(row["report"].partition("/")[0], {}).update(row)
+    for budget in compared["budget"]:
+        name = budget["report"].partition("/")[0]
+        of = {key.partition(" ")[0]: value for key, value in figures[name].items()}
+        rows.append(
+            (
+                f"`{name}`",
+                f"{budget['parameters'] / 1e6:.2f} M",
+                f"{budget['samples']:,}",
+                budget["num_steps"] or 49,
+                f"{budget['guidance']:g}",
+                f"{of['FD']:.2f}",
+                f"{of['class']:.3f}",
+                f"{1000 * found[f'seconds {name}']:.0f}" if f"seconds {name}" in found else "not measured",
+            )
+        )
+    head = ("backbone", "parameters", "trained on", "steps", "guidance", "FD", "class accuracy", "CPU ms per image")
+    same = (
+        "the same tokenizer, images seen and size for all"
+        if not compared["unfair"]
+        else f"NOT the same: {compared['unfair']}"
+    )
+    return f"{lines(head, rows)}\n\nBy `genkit eval --compare`: {same}."
+
+
+def told_table(found: dict[str, Any]) -> str:
+    rows = []
+    sizes = dict(zip(("nothing", "neighbours"), found.get("parameters", (0, 0)), strict=True))
+    for name, key, guidance in (
+        ("nothing", "fd nothing", 1),
+        ("four neighbours", "fd neighbours 1", 1),
+        ("four neighbours", "fd neighbours 2", 2),
+    ):
+        if key not in found:
+            rows.append((name, "not measured", guidance, "", ""))
+            continue
+        accuracy = "" if key == "fd nothing" else f"{found[key].get('class', float('nan')):.3f}"
+        size = f"{sizes[name.partition(' ')[2] or name] / 1e6:.2f} M"
+        rows.append((name, size, guidance, f"{found[key]['FD']:.2f}", accuracy))
+    return lines(("told", "parameters", "guidance", "FD", "of the class looked up"), rows)
+
+
+def swapped_table(found: dict[str, Any]) -> str:
+    rows = []
+    for name, told in (
+        ("eight", "the eight classes of training"),
+        ("held out", f"{' and '.join(HELD_OUT)}, never trained on"),
+    ):
+        shares = [found.get(f"share {name} {guidance}") for guidance in (1, 2)]
+        rows.append((told, *("not measured" if share is None else f"{share:.1%}" for share in shares)))
+    return lines(("database", "seen as held out, guidance 1", "guidance 2"), rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("what", nargs="*", choices=["train", "measure", "page", []], help="default: all three")
+    parser.add_argument("--out", type=Path, default=Path("runs/results-tokens"))
+    parser.add_argument("--tokenizer", type=Path, help="of all generators (default: OUT/vq)")
+    parser.add_argument("--only", nargs="+", default=[], help="train: these runs")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for what in args.what or ["train", "measure", "page"]:
+        if what == "train":
+            train(args.out, args.tokenizer or args.out / "vq", args.only)
+        elif what == "measure":
+            measure(args.out)
+        else:
+            page(args.out)
+
+
+if __name__ == "__main__":
+    main()
