@@ -231,7 +231,7 @@ def test_labels_are_dropped_with_the_given_probability():
     dropped = drop({"label": label}, 0.1, Rng.at(0, 0, 20000))["label"]
     assert abs(float((dropped == -1).float().mean()) - 0.1) < 0.01
     assert torch.equal(dropped[dropped >= 0], label[dropped >= 0])
-    assert torch.equal(Objective(cond_drop=0.0).drop({"label": label}, Rng.at(0, 0, 20000))["label"], label)
+    assert torch.equal(drop({"label": label}, 0.0, Rng.at(0, 0, 20000))["label"], label)
 
 
 def test_predictor_ignores_unknown_ids():
