@@ -434,7 +434,7 @@ def decode(args: argparse.Namespace) -> Answer:
         dest="source",
         required=True,
         metavar="NAME",
-        help="whose weights: taming-vqgan, llamagen-vq, var-vqvae, titok, dqvae, maskgit-vqgan, diffusers-vq, diffusers-kl, dit, sit, fit, dimsum, ...",
+        help="whose weights: taming-vqgan, llamagen-vq, var-vqvae, titok, dqvae, maskgit-vqgan, diffusers-vq, diffusers-kl, vector-quantize-pytorch, dit, sit, fit, dimsum, ...",
     ),
     argument("-o", "--out", required=True, metavar="DIR"),
     argument(

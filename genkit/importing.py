@@ -3,7 +3,7 @@
 An importer is a file of genkit/importers with a function convert(state, config) -> tokenizer or backbone; its name, with dashes, is the word after
 --from, its first line says whose weights it reads. Its table IGNORED (pattern of a key -> reason) says what it leaves aside. Beside a backbone's
 there is sampling(backbone) -> {"objective": ..., "sampler": ...}, how its authors draw from it. Files are read without running anything that is
-written in them.
+written in them. Where the original itself can be asked, compare(state, config, module) -> figures for --check; SIZE: pixels per side of its images.
 """
 
 from __future__ import annotations
@@ -104,11 +104,14 @@ def import_weights(
         pipeline = TokenizerPipeline(module, run_config=run_config)
         found = {"out": str(target), "from": source, "tokenizer": kind, "options": given}
     else:
-        side = size or getattr(module, "image_size", None) or _size(options or {}) or SIZE
+        usual: int = getattr(importer, "SIZE", SIZE)
+        side = size or getattr(module, "image_size", None) or _size(options or {}) or usual
         if side % module.stride:
             raise UsageError(f"--size {side} is no multiple of the tokenizer's stride {module.stride}")
         given, channels = _options(module, {"image_channels"}), module.config["image_channels"]
         checked = try_out(module, channels, side) if check else None
+        if checked is not None and hasattr(importer, "compare"):
+            checked |= importer.compare(weights, options, module)
         run_config = {
             "name": target.name,
             "data": {"type": "folder", "path": data, "size": side, "channels": channels},

@@ -88,7 +88,7 @@ def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def run_vq(case: Case) -> Outputs:
-    from genkit.importers.vector_quantize_pytorch import import_vector_quantize
+    from genkit.importers.vector_quantize_pytorch_tables import import_vector_quantize
 
     outputs: Outputs = {}
     for name, (kind, options) in case.config["modules"].items():

@@ -12,7 +12,7 @@ Outputs = dict[str, Tensor]
 
 
 def run_rvq(case: Any) -> Outputs:
-    from genkit.importers.vector_quantize_pytorch import import_grouped_residual_vq, import_residual_vq
+    from genkit.importers.vector_quantize_pytorch_tables import import_grouped_residual_vq, import_residual_vq
 
     importers = {"ResidualVQ": import_residual_vq, "GroupedResidualVQ": import_grouped_residual_vq}
     outputs: Outputs = {}

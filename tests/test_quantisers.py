@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from genkit import registry
 from genkit.errors import GenkitError, UsageError
-from genkit.importers import vector_quantize_pytorch as tables
+from genkit.importers import vector_quantize_pytorch_tables as tables
 from genkit.importers import vector_quantize_pytorch_fixed as fixed
 from genkit.kernels.nearest_code import chunked
 from genkit.nn import index_backprop
@@ -769,6 +769,19 @@ def test_ibq_equals_its_definition_in_values_and_gradients(chunk: int, monkeypat
     torch.testing.assert_close(z.grad, other.grad)
     torch.testing.assert_close(quantizer.codebook.embed.grad[0], table.grad)
     assert (quantizer.codebook.embed.grad[0].abs().sum(1) > 0).all()  # every code learns
+
+
+def test_codes_of_ibq_start_with_one_length() -> None:
+    # Bright and dark vectors differ in length; without it the longest few codes are the nearest of all by dot product.
+    quantizer = IndexBackpropQuantizer(dim=4, codebook_size=64, restart=0.2).train()
+    rows = randn(1, 600, 4) * torch.linspace(0.1, 10, 600)[:, None]
+    assert len(quantizer(rows).ids.unique()) > 48
+    lengths = quantizer.codebook.embed[0].norm(dim=1)
+    torch.testing.assert_close(lengths, lengths[:1].expand(64))
+    for _ in range(3):
+        quantizer.codebook.after_step()
+        quantizer(rows)
+    torch.testing.assert_close(quantizer.codebook.embed[0].norm(dim=1), lengths)
 
 
 def test_ibq_holds_a_block_of_the_softmax_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from genkit.errors import GenkitError, UsageError
-from genkit.importers.vector_quantize_pytorch import import_vector_quantize
+from genkit.importers.vector_quantize_pytorch_tables import import_vector_quantize
 from genkit.kernels.nearest_code import chunked, reference
 from genkit.nn.codebook import Codebook, normalise
 from genkit.nn.conv import Decoder, Encoder, patch_transform

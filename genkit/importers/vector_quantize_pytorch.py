@@ -1,299 +1,211 @@
-"""Quantisers of lucidrains/vector-quantize-pytorch with learned tables (checked with release 1.32.0): options and state dict -> ours.
+"""A quantiser of lucidrains/vector-quantize-pytorch, its state dict alone -> a tokenizer without networks.
 
-VectorQuantize, ResidualVQ, GroupedResidualVQ. Those without tables are in vector_quantize_pytorch_fixed.py.
+Which class a state is of, and its sizes, are read from the weights; what they do not show is told by the config, its constructor's arguments by
+name and, if wanted, `class`. The options are those of vector_quantize_pytorch_tables.py and vector_quantize_pytorch_fixed.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from genkit import optional
 from genkit.errors import GenkitError, UsageError, nearest
-from genkit.nn.quantize import Quantizer
+from genkit.importers.vector_quantize_pytorch_fixed import (
+    import_fsq,
+    import_grouped_residual_fsq,
+    import_grouped_residual_lfq,
+    import_lfq,
+    import_residual_fsq,
+    import_residual_lfq,
+)
+from genkit.importers.vector_quantize_pytorch_tables import (
+    Imported,
+    import_grouped_residual_vq,
+    import_residual_vq,
+    import_vector_quantize,
+)
+from genkit.tokenizers.bare import KINDS, Bare, word_of
 
-# Our key -> their keys, and what is made of the values under them.
-Sources = dict[str, tuple[Sequence[str], Callable[[list[Tensor]], Tensor]]]
+IGNORED = {
+    r"(.*\.)?mask": "the values of the bits, which the number of them says",
+}
+SIZE = 16  # vectors per side that a check draws
+Weights = Mapping[str, Tensor]
+Options = Mapping[str, Any]
 
-# Options that decide what is computed from given weights.
-_USED = {
-    "dim",
-    "codebook_size",
-    "codebook_dim",
-    "heads",
-    "separate_codebook_per_head",
-    "use_cosine_sim",
-    "layernorm_after_project_in",
-    "channel_last",
-    "accept_image_fmap",
-    "accept_3d_fmap",
-    "decay",
-}
-# Options that leave the result of trained weights as it is, and where their matter is decided here.
-_TRAINING_ONLY = {
-    **dict.fromkeys(
-        ("kmeans_init", "kmeans_iters", "sync_kmeans"),
-        "an uninitialised codebook is clustered, 10 steps, over all processes",
-    ),
-    **dict.fromkeys(("threshold_ema_dead_code",), "restarts are set with restart=, a fraction of the mean count"),
-    **dict.fromkeys(
-        ("eps", "ema_update", "manual_ema_update", "freeze_codebook", "sync_codebook"), "see genkit.nn.codebook"
-    ),
-    **dict.fromkeys(("commitment_weight", "commitment_use_cross_entropy_loss"), "losses belong to the objective"),
-    **dict.fromkeys(
-        ("orthogonal_reg_weight", "orthogonal_reg_active_codes_only", "orthogonal_reg_max_codes"),
-        "losses belong to the objective",
-    ),
-    **dict.fromkeys(
-        ("codebook_diversity_loss_weight", "codebook_diversity_temperature"), "losses belong to the objective"
-    ),
-    **dict.fromkeys(("stochastic_sample_codes", "sample_codebook_temp"), "codes are drawn at random in training alone"),
-    **dict.fromkeys(
-        (
-            "straight_through",
-            "rotation_trick",
-            "directional_reparam",
-            "directional_reparam_variance",
-            "route_gradients_to_input",
-        ),
-        "how gradients pass is set with gradient=",
-    ),
-    **dict.fromkeys(
-        ("learnable_codebook", "in_place_codebook_optimizer", "manual_in_place_optimizer_update", "sync_update_v"),
-        "the codebook follows its assignments here, not a gradient",
-    ),
-    **dict.fromkeys(
-        ("sync_affine_param", "affine_param_batch_decay", "affine_param_codebook_decay"),
-        "act with affine_param, which is refused",
-    ),
-    "return_zeros_for_masked_padding": "acts with a padding mask, which is not part of the weights",
-}
-_REFUSED = {
-    "affine_param": "it quantises relative to statistics of the input that change in every call, even in evaluation",
-    "vq_bridge": "it is a network of its own that a state dict does not describe",
-}
-
-_RESIDUAL_USED = {"num_quantizers", "shared_codebook", "quantize_dropout", "quantize_dropout_cutoff_index"}
-_RESIDUAL_TRAINING_ONLY = {
-    "quantize_dropout_multiple_of": "levels are left out one by one here",
-    "quant_grad_frac": "one gradient passes by the sum of all levels here",
-    "diveq": "how gradients pass is set with gradient=",
-    "mlp_kwargs": "acts with implicit_neural_codebook, which is refused",
-    "beam_score_quantizer_weights": "acts with beam_size, which is refused",
-}
-_RESIDUAL_REFUSED = {
-    "implicit_neural_codebook": "its codes are made by a network for every vector",
-    "beam_size": "it searches several residuals at once; here every level takes its nearest code",
-    "eval_beam_size": "it searches several residuals at once; here every level takes its nearest code",
+CLASSES: dict[str, Callable[[Options, Weights], Imported]] = {
+    "VectorQuantize": import_vector_quantize,
+    "ResidualVQ": import_residual_vq,
+    "GroupedResidualVQ": import_grouped_residual_vq,
+    "FSQ": import_fsq,
+    "ResidualFSQ": import_residual_fsq,
+    "GroupedResidualFSQ": import_grouped_residual_fsq,
+    "LFQ": import_lfq,
+    "ResidualLFQ": import_residual_lfq,
+    "GroupedResidualLFQ": import_grouped_residual_lfq,
 }
 
 
-@dataclass(frozen=True)
-class Imported:
-    """A quantiser with the layout of inputs and outputs that the original was built for."""
-
-    quantizer: Any  # with the interface of genkit.nn.quantize.Quantizer
-    is_channels_first: bool | None  # [B, D, *grid] in and out, not [B, *grid, D]; None = if there are two axes of grid
-    has_level_axis: bool  # ids [B, *grid, Q], else [B, *grid] for the one level
-    num_groups: int | None = None  # ids [groups, B, *grid, Q / groups]; None = no axis of groups
-
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x, [B, *grid, D] or [B, D, *grid] -> (codes like x, ids)."""
-        is_first = x.ndim >= 4 if self.is_channels_first is None else self.is_channels_first
-        found = self.quantizer(x.movedim(1, -1) if is_first else x)
-        ids = found.ids if self.has_level_axis else found.ids.squeeze(-1)
-        if self.num_groups is not None:  # ours lie level by level, group by group within
-            ids = ids.unflatten(-1, (-1, self.num_groups)).movedim(-1, 0)
-        return found.codes.movedim(-1, 1) if is_first else found.codes, ids
-
-    def decode(self, ids: Tensor) -> Tensor:
-        """ids as `quantize` returns them -> codes like its input."""
-        if self.num_groups is not None:
-            ids = ids.movedim(0, -1).flatten(-2)
-        ids = ids if self.has_level_axis else ids.unsqueeze(-1)
-        is_first = ids.ndim >= 4 if self.is_channels_first is None else self.is_channels_first
-        codes = self.quantizer.codes(ids)
-        return codes.movedim(-1, 1) if is_first else codes
-
-    def from_rows(self, rows: Tensor) -> Tensor:
-        """[B, *grid, k] -> [B, k, *grid] where the original has its channels there."""
-        return rows.movedim(-1, 1) if self.is_channels_first else rows
-
-
-def import_vector_quantize(options: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Imported:
-    """A `VectorQuantize` as ours, in evaluation mode.
+def convert(state: Weights, config: Options | None = None) -> Bare:
+    """State dict -> tokenizer in evaluation mode. Ids of a place are level by level, group (or head) by group within.
 
     Args:
-        options: its constructor arguments by name.
-        weights: its state dict.
+        config: arguments of the original's constructor that its weights do not show, such as use_cosine_sim, spherical, or the levels of an FSQ.
 
-    Raises:
-        UsageError: an option that does not exist or is not supported, named.
-        GenkitError: weights that are missing, left over or of another shape, each named.
+    Raises: UsageError for options that are unknown, not supported, or missing; GenkitError for weights that do not fit them, naming the keys.
     """
-    check_options("VectorQuantize", options, {*_USED, *_TRAINING_ONLY}, _REFUSED, ("dim", "codebook_size"))
-    heads = options.get("heads", 1)
-    quantizer = Quantizer(
-        dim=options["dim"],
-        codebook_size=options["codebook_size"],
-        codebook_dim=options.get("codebook_dim"),
-        num_heads=heads,
-        is_shared=heads > 1 and not options.get("separate_codebook_per_head", False),
-        cosine=options.get("use_cosine_sim", False),
-        decay=options.get("decay", 0.8),
-    )
-    if options.get("layernorm_after_project_in") and isinstance(quantizer.project_in, nn.Linear):
-        quantizer.project_in = nn.Sequential(quantizer.project_in, nn.LayerNorm(quantizer.project_in.out_features))
-    load(quantizer, weights, {**_projections(quantizer), **_tables([""])}, {}, "VectorQuantize")
-    is_channels_first = (
-        options.get("accept_image_fmap") or options.get("accept_3d_fmap") or not options.get("channel_last", True)
-    )
-    return Imported(quantizer.eval(), bool(is_channels_first), has_level_axis=heads > 1)
-
-
-def import_residual_vq(options: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Imported:
-    """A `ResidualVQ` as ours, in evaluation mode; ids [B, *grid, num_quantizers], -1 = nothing. Arguments and errors as import_vector_quantize."""
-    return _import_residual("ResidualVQ", options, weights, groups=None)
-
-
-def import_grouped_residual_vq(options: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Imported:
-    """A `GroupedResidualVQ` as ours, in evaluation mode; ids [groups, B, *grid, num_quantizers]. Arguments and errors as import_vector_quantize.
-
-    Its projections, one per group, are the blocks of one linear layer here.
-    """
-    groups = options.get("groups", 1)
-    own = {name: value for name, value in options.items() if name != "groups"}
-    return _import_residual("GroupedResidualVQ", own, weights, groups)
-
-
-def _import_residual(
-    what: str, options: Mapping[str, Any], weights: Mapping[str, Tensor], groups: int | None
-) -> Imported:
-    # Their levels have one head and no projection, so that the options of those do nothing.
-    known = _USED | _RESIDUAL_USED | {*_TRAINING_ONLY, *_RESIDUAL_TRAINING_ONLY}
-    refused = _REFUSED | _RESIDUAL_REFUSED
-    check_options(what, options, known, refused, ("dim", "codebook_size"))
-    sizes = options["codebook_size"]
-    depth = options.get("num_quantizers") or (len(sizes) if isinstance(sizes, list | tuple) else None)
-    if depth is None:
-        raise UsageError(f"the options of a {what} lack num_quantizers, found {', '.join(options)}")
-    if isinstance(sizes, list | tuple):
-        if len(set(sizes)) > 1:
-            raise UsageError(f"{what}(codebook_size={list(sizes)}) cannot be imported: all levels have one size here")
-        sizes = sizes[0]
-    for name, only in (("heads", 1), ("channel_last", True)):
-        if options.get(name, only) != only:
-            raise UsageError(f"{what}({name}={options[name]}) cannot be imported: it works with {only} alone")
-    count = groups or 1
-    if options["dim"] % count:
-        raise UsageError(f"{what}(dim={options['dim']}) is no multiple of groups={count}")
-    is_shared = options.get("shared_codebook", False)
-    has_dropout = options.get("quantize_dropout", False) and depth > 1
-    quantizer = Quantizer(
-        dim=options["dim"],
-        codebook_size=sizes,
-        codebook_dim=options.get("codebook_dim") or options["dim"] // count,
-        num_heads=count,
-        depth=depth,
-        is_shared_by_levels=is_shared,
-        min_depth=options.get("quantize_dropout_cutoff_index", 0) + 1 if has_dropout else None,
-        cosine=options.get("use_cosine_sim", False),
-        decay=options.get("decay", 0.8),
-    )
-    prefixes = [""] if groups is None else [f"rvqs.{g}." for g in range(groups)]
-    levels = [[f"{prefix}layers.{level}." for prefix in prefixes] for level in range(depth)]
-    ignored = {}
-    if is_shared:
-        ignored = _repeated_tables(levels, weights, what)
-        levels = levels[:1]
-    sources = _projections(quantizer, prefixes) | _tables([prefix for level in levels for prefix in level])
-    load(quantizer, weights, sources, ignored, what)
-    is_channels_first = options.get("accept_image_fmap") or options.get("accept_3d_fmap")
-    return Imported(quantizer.eval(), bool(is_channels_first), has_level_axis=True, num_groups=groups)
-
-
-def _repeated_tables(levels: list[list[str]], weights: Mapping[str, Tensor], what: str) -> dict[str, str]:
-    """The keys of a shared table under all levels but the first -> why they are not read. Raises GenkitError where they say something else."""
-    ignored = {}
-    for level in levels[1:]:
-        for prefix, first in zip(level, levels[0], strict=True):
-            for name in ("embed", "embed_avg", "cluster_size", "initted"):
-                key, same = f"{prefix}_codebook.{name}", f"{first}_codebook.{name}"
-                if key in weights and same in weights and not torch.equal(weights[key], weights[same]):
-                    raise GenkitError(f"weights of this {what} do not fit its options: {key} differs from {same}")
-                ignored[key] = f"the shared table is read from {same}"
-    return ignored
-
-
-def _tables(prefixes: Sequence[str]) -> Sources:
-    """Their codebooks, [heads, S, d] each, as ours one after another."""
-
-    def under(name: str) -> list[str]:
-        return [f"{prefix}_codebook.{name}" for prefix in prefixes]
-
-    return {
-        "codebook.embed": (under("embed"), torch.cat),
-        "codebook.embed_sum": (under("embed_avg"), torch.cat),
-        "codebook.cluster_size": (under("cluster_size"), torch.cat),
-        "codebook.initialised": (under("initted"), lambda flags: torch.stack(flags).all()),
+    word, options = told(state, config)
+    imported = CLASSES[word](options, state)
+    quantizer, made_with = imported.quantizer, imported.made_with
+    fresh = type(quantizer)(**made_with)  # a layer of another form than its own was made by the importer
+    layers = {
+        name: word_of(getattr(quantizer, name), _form(getattr(quantizer, name)) == _form(getattr(fresh, name)))
+        for name in ("project_in", "project_out")
     }
+    tokenizer = Bare(
+        image_channels=made_with["dim"],
+        kind=next(kind for kind, cls in KINDS.items() if cls is type(quantizer)),
+        options={name: value for name, value in made_with.items() if name != "dim"},
+        **layers,
+    )
+    tokenizer.quantizer.load_state_dict(quantizer.state_dict())
+    return tokenizer.eval()
 
 
-def _projections(module: nn.Module, prefixes: Sequence[str] = ("",)) -> Sources:
-    """Their linear layers, one per group, as the blocks of ours."""
-    return {
-        name: (
-            [prefix + name for prefix in prefixes],
-            torch.cat if name.endswith("bias") or ".1." in name else lambda blocks: torch.block_diag(*blocks),
+def told(state: Weights, config: Options | None) -> tuple[str, dict[str, Any]]:
+    """(class, its constructor's arguments): the config's, and what the weights show."""
+    options = dict(config or {})
+    word = str(options.pop("class", None) or _class_of(state, options))
+    if word not in CLASSES:
+        raise UsageError(f"class: {word} of vector-quantize-pytorch is not known; {nearest(word, list(CLASSES))}")
+    shown = _of_tables(state, options) if word.endswith(("VectorQuantize", "VQ")) else _of_fixed(state, word)
+    return word, shown | options
+
+
+def compare(state: Weights, config: Options | None, tokenizer: Bare) -> dict[str, Any]:
+    """The tokenizer beside the original, where that is installed, on drawn vectors.
+
+    Returns: peer, its name and version; same_ids, a share; largest_difference of codes. Raises GenkitError where they differ.
+    """
+    name = "vector_quantize_pytorch"
+    if not optional.is_installed(name):
+        return {"peer": "vector-quantize-pytorch is not installed; the original was not asked"}
+    word, options = told(state, config)
+    original = getattr(optional.require(name), word)(**options)
+    original.load_state_dict(dict(state))
+    x = torch.randn(4, SIZE**2, tokenizer.channels, generator=torch.Generator().manual_seed(0))
+    for switch in ("accept_image_fmap", "accept_3d_fmap", "channel_first", "is_channel_first"):
+        if options.get(switch):
+            raise UsageError(f"--check: leave {switch} out of --config; ids and codes do not depend on it")
+    with torch.inference_mode():
+        codes, ids, *_ = original.eval()(x)
+        encoded = tokenizer.encode(x.mT.unflatten(2, (SIZE, SIZE)))
+    ours = encoded.ids.flatten(2).mT if encoded.ids is not None else torch.empty(0)  # [B, N, Q]
+    theirs = ids.movedim(0, -1).flatten(-2) if word.startswith("Grouped") else ids.reshape(*ids.shape[:2], -1)
+    same = float((ours == theirs).double().mean())
+    difference = float((encoded.z.flatten(2).mT - codes).abs().max())
+    if same < 0.999:  # a vector may lie between two codes
+        raise GenkitError(
+            f"{100 * (1 - same):.1f} % of the ids differ from those of {word}; does --config say all its options?"
         )
-        for name in module.state_dict()
-        if name.startswith("project_")
+    return {"peer": f"vector-quantize-pytorch {version('vector-quantize-pytorch')}", "same_ids": same} | {
+        "largest_difference": difference
     }
 
 
-def check_options(
-    what: str, options: Mapping[str, Any], known: set[str], refused: Mapping[str, str], needed: Sequence[str]
-) -> None:
-    """Raises UsageError for an option that does not exist, one that cannot be imported, and one that lacks."""
-    for name, value in options.items():
-        if name not in known and name not in refused:
-            raise UsageError(f"{what} has no option {name}; {nearest(name, [*known, *refused])}")
-        if name in refused and value:
-            raise UsageError(f"{what}({name}={value!r}) cannot be imported: {refused[name]}")
-    for name in needed:
-        if options.get(name) is None:
-            raise UsageError(f"the options of a {what} lack {name}, found {', '.join(options) or 'none'}")
+def _class_of(state: Weights, options: Options) -> str:
+    """The class by its keys, or by its options where it has no weights of its own."""
+    keys = "\n".join(state)
+    is_grouped, prefix = "rvqs." in keys or "groups" in options, "GroupedResidual" if "rvqs." in keys else "Residual"
+    if "_codebook.embed" in keys:
+        return "VectorQuantize" if keys.find("layers.") < 0 else f"{prefix}VQ"
+    if "mask" in state or "layers.0.mask" in keys:
+        return "LFQ" if "mask" in state else f"{prefix}LFQ"
+    strange = [key for key in state if not re.fullmatch(r"(rvqs\.\d+\.)?project_(in|out)\.\w+|orthogonal_rot", key)]
+    if strange:
+        few = ", ".join(strange[:6]) + (", ..." if len(strange) > 6 else "")
+        raise GenkitError(
+            f"these weights are of no quantiser of vector-quantize-pytorch: {few}; looked for _codebook.embed (VQ), mask (LFQ), or project_in and "
+            "project_out alone (FSQ). Of a whole network, save the state dict of its quantiser alone"
+        )
+    if "levels" not in options:
+        raise UsageError("the weights of an FSQ do not show its levels; --config FILE with levels: [8, 5, 5, 5]")
+    if is_grouped:
+        return "GroupedResidualFSQ"
+    return "ResidualFSQ" if "num_quantizers" in options else "FSQ"
 
 
-def load(
-    module: nn.Module, weights: Mapping[str, Tensor], sources: Sources, ignored: Mapping[str, str], what: str
-) -> None:
-    """Strict both ways: every weight is used or ignored with a reason, every place with a source is filled; the others keep what they start with.
+def _of_tables(state: Weights, options: Options) -> dict[str, Any]:
+    tables = {key: value for key, value in state.items() if key.endswith("_codebook.embed") and value.ndim == 3}
+    if not tables:
+        return {}
+    if "use_cosine_sim" not in options and all(_are_directions(table) for table in tables.values()):
+        raise UsageError(
+            "all codes have length 1, as with use_cosine_sim: true; say in --config FILE whether it was that or false"
+        )
+    heads, size, width = next(iter(tables.values())).shape
+    found: dict[str, Any] = {"codebook_size": size}
+    levels = {match[1] for key in tables if (match := re.search(r"layers\.(\d+)\.", key))}
+    groups = _groups(state)
+    outer, inner = _widths(state)
+    count = max(1, groups)
+    if levels:
+        found |= {"num_quantizers": len(levels), "dim": (outer or width) * count}
+        found |= {"codebook_dim": width} if outer else {}
+        first = [value for key, value in tables.items() if key.startswith(("layers.", "rvqs.0."))]
+        is_set = all(bool(value.all()) for key, value in state.items() if key.endswith("initted"))
+        found |= {"shared_codebook": True} if len(first) > 1 and is_set and all(map(first[0].equal, first)) else {}
+        found |= {"groups": groups} if groups else {}
+    else:
+        heads = options.get("heads", max(heads, (inner or width) // width))
+        found |= {"dim": outer or width * heads, "codebook_dim": width, "heads": heads}
+        found["separate_codebook_per_head"] = heads > 1 and len(next(iter(tables.values()))) > 1
+        found |= {"layernorm_after_project_in": True} if "project_in.1.weight" in state else {}
+    return found
 
-    Raises: GenkitError that names, in their words, what is unknown, missing or of another shape.
-    """
-    own = module.state_dict()
-    values, missing, misshapen = {}, [], []
-    for name, (theirs, combine) in sources.items():
-        if lacking := [key for key in theirs if key not in weights]:
-            missing += lacking
-            continue
-        try:
-            value = combine([weights[key] for key in theirs])
-        except RuntimeError:  # parts of shapes that do not go together
-            value = torch.empty(0)
-        if value.shape == own[name].shape:
-            values[name] = value.to(own[name].dtype)
-        else:
-            shapes = " + ".join(str(list(weights[key].shape)) for key in theirs)
-            misshapen.append(f"{', '.join(theirs)} ({shapes}, expected {list(own[name].shape)})")
-    used = {key for theirs, _ in sources.values() for key in theirs}
-    unknown = sorted(key for key in weights if key not in used and key not in ignored)
-    problems = (("unknown", unknown), ("missing", sorted(missing)), ("another shape", misshapen))
-    if any(names for _, names in problems):
-        told = "; ".join(f"{word}: {', '.join(names)}" for word, names in problems if names)
-        raise GenkitError(f"weights of this {what} do not fit its options: {told}")
-    module.load_state_dict({**own, **values})
+
+def _of_fixed(state: Weights, word: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    groups = _groups(state)
+    outer, inner = _widths(state)
+    if outer:
+        found["dim"] = outer * max(1, groups)
+    if groups:
+        found["groups"] = groups
+    masks = [value for key, value in state.items() if key.rpartition(".")[2] == "mask"]
+    if word.endswith("LFQ") and masks:
+        bits = len(masks[0])
+        found["codebook_size"] = 2**bits
+        if "layers.0.mask" in state or groups:
+            found["num_quantizers"] = len(masks) // max(1, groups)
+            found.setdefault("dim", bits * max(1, groups))
+        elif inner:
+            found |= {"num_codebooks": inner // bits, "has_projections": True}
+    return found
+
+
+def _are_directions(table: Tensor) -> bool:
+    return bool((table.norm(dim=-1) - 1).abs().max() < 1e-4)
+
+
+def _groups(state: Weights) -> int:
+    return len({match[1] for key in state if (match := re.match(r"rvqs\.(\d+)\.", key))})
+
+
+def _widths(state: Weights) -> tuple[int, int]:
+    """(width of vectors, width within) of the layer that leads back, of the first group; 0 where there is none."""
+    for prefix in ("", "rvqs.0."):
+        if (weight := state.get(f"{prefix}project_out.weight")) is not None and weight.ndim == 2:
+            return weight.shape[0], weight.shape[1]
+    return 0, 0
+
+
+def _form(layer: torch.nn.Module) -> tuple[Any, ...]:
+    """What tells layers of other forms apart."""
+    return tuple(sorted((name, *value.shape) for name, value in layer.state_dict().items()))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genkit.errors import GenkitError, UsageError
-from genkit.importers.vector_quantize_pytorch import Imported, Sources, check_options, load
+from genkit.importers.vector_quantize_pytorch_tables import Imported, Sources, check_options, load
 from genkit.nn.binary import BinaryQuantizer
 from genkit.nn.scalar import ScalarQuantizer
 
@@ -86,19 +86,20 @@ def import_fsq(options: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Imp
     """
     check_options("FSQ", options, _FSQ_USED | {*_WITHOUT_EFFECT}, {}, ("levels",))
     groups = options.get("num_codebooks", 1)
-    quantizer = ScalarQuantizer(
-        dim=options.get("dim") or len(options["levels"]) * groups,
-        levels=options["levels"],
-        num_groups=groups,
-        is_symmetric=options.get("preserve_symmetry", False),
-        is_clamped=options.get("bound_hard_clamp", False),
-        has_bias=options.get("projection_has_bias", True),
-    )
+    made_with: dict[str, Any] = {
+        "dim": options.get("dim") or len(options["levels"]) * groups,
+        "levels": options["levels"],
+        "num_groups": groups,
+        "is_symmetric": options.get("preserve_symmetry", False),
+        "is_clamped": options.get("bound_hard_clamp", False),
+        "has_bias": options.get("projection_has_bias", True),
+    }
+    quantizer = ScalarQuantizer(**made_with)
     is_turned = options.get("orthogonal_rotation")
     sources = _turned(quantizer, groups, len(options["levels"])) if is_turned else _linear(quantizer)
     load(quantizer, weights, sources, {}, "FSQ")
     # More than one axis of grid always comes channels first.
-    return Imported(quantizer.eval(), True if options.get("channel_first") else None, _keeps_axis(options))
+    return Imported(quantizer.eval(), made_with, True if options.get("channel_first") else None, _keeps_axis(options))
 
 
 def import_residual_fsq(options: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Imported:
@@ -126,18 +127,19 @@ def _import_residual_fsq(
         limit = [1 + 1 / (n - 1) for n in levels]
     elif isinstance(limit, int | float):
         limit = [limit] * len(levels)
-    quantizer = ScalarQuantizer(
-        dim=_divided(what, options.get("dim") or len(levels), groups),
-        levels=levels,
-        num_groups=groups or 1,
-        depth=options["num_quantizers"],
-        is_symmetric=True,
-        is_clamped=is_clamped,
-        soft_clamp=None if limit is None else [float(value) for value in limit],
-    )
+    made_with: dict[str, Any] = {
+        "dim": _divided(what, options.get("dim") or len(levels), groups),
+        "levels": levels,
+        "num_groups": groups or 1,
+        "depth": options["num_quantizers"],
+        "is_symmetric": True,
+        "is_clamped": is_clamped,
+        "soft_clamp": None if limit is None else [float(value) for value in limit],
+    }
+    quantizer = ScalarQuantizer(**made_with)
     load(quantizer, weights, _linear(quantizer, groups), {}, what)
     is_channels_first = options.get("is_channel_first") or options.get("accept_image_fmap")
-    return Imported(quantizer.eval(), bool(is_channels_first), True, groups)
+    return Imported(quantizer.eval(), made_with, bool(is_channels_first), True, groups)
 
 
 def import_lfq(options: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Imported:
@@ -149,14 +151,15 @@ def import_lfq(options: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Imp
     size = 2 ** int(dim or 0) if size is None else size
     width = (size.bit_length() - 1) * groups
     has_bias = options.get("projection_has_bias", True)
-    quantizer = BinaryQuantizer(
-        dim=dim or width,
-        codebook_size=size,
-        num_groups=groups,
-        is_spherical=options.get("spherical", False),
-        scale=options.get("codebook_scale", 1.0),
-        has_bias=has_bias,
-    )
+    made_with: dict[str, Any] = {
+        "dim": dim or width,
+        "codebook_size": size,
+        "num_groups": groups,
+        "is_spherical": options.get("spherical", False),
+        "scale": options.get("codebook_scale", 1.0),
+        "has_bias": has_bias,
+    }
+    quantizer = BinaryQuantizer(**made_with)
     if options.get("has_projections") and dim in (None, width):
         quantizer.project_in, quantizer.project_out = (nn.Linear(width, width, bias=has_bias) for _ in range(2))
     if options.get("cosine_sim_project_in") and isinstance(quantizer.project_in, nn.Linear):
@@ -168,7 +171,7 @@ def import_lfq(options: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Imp
         keys, combine = sources["project_in.weight"]
         sources["project_in.weight"] = (keys, lambda found: combine([F.normalize(found[0], dim=0).T, *found[1:]]))
     load(quantizer, weights, sources, _bit_values(weights, [""], quantizer.bits, "LFQ"), "LFQ")
-    return Imported(quantizer.eval(), options.get("channel_first"), _keeps_axis(options))
+    return Imported(quantizer.eval(), made_with, options.get("channel_first"), _keeps_axis(options))
 
 
 def import_residual_lfq(options: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Imported:
@@ -190,15 +193,16 @@ def _import_residual_lfq(
         "codebook_scale",
     }
     check_options(what, options, known, _REFUSED_IN_RESIDUALS, ("dim", "codebook_size", "num_quantizers"))
-    quantizer = BinaryQuantizer(
-        dim=_divided(what, options["dim"], groups),
-        codebook_size=options["codebook_size"],
-        num_groups=groups or 1,
-        depth=options["num_quantizers"],
-    )
+    made_with: dict[str, Any] = {
+        "dim": _divided(what, options["dim"], groups),
+        "codebook_size": options["codebook_size"],
+        "num_groups": groups or 1,
+        "depth": options["num_quantizers"],
+    }
+    quantizer = BinaryQuantizer(**made_with)
     prefixes = [f"{group}layers.{step}." for group in _prefixes(groups) for step in range(options["num_quantizers"])]
     load(quantizer, weights, _linear(quantizer, groups), _bit_values(weights, prefixes, quantizer.bits, what), what)
-    return Imported(quantizer.eval(), bool(options.get("accept_image_fmap")), True, groups)
+    return Imported(quantizer.eval(), made_with, bool(options.get("accept_image_fmap")), True, groups)
 
 
 def _keeps_axis(options: Mapping[str, Any]) -> bool:
