@@ -132,6 +132,10 @@ class Codebook(Usage):
         """rows [G, N, d], table [G, S, d] -> ids [G, N]. What "nearest" means, for a subclass to change."""
         return nearest_code(rows, table, cosine=self.cosine)
 
+    def start(self, rows: Tensor, codes: Tensor) -> Tensor:
+        """Rows [..., R, d] as new codes beside codes [..., S, d], for a subclass to change."""
+        return rows
+
     def codes(self, ids: Tensor, level: int = 0) -> Tensor:
         """ids [G, N] in [0, S) -> codes [G, N, d]; with update="gradient" the table receives their gradient."""
         G, S = self.num_codebooks, self.embed.shape[1]
@@ -211,6 +215,7 @@ class Codebook(Usage):
                     continue
                 fresh = take_rows(rows[g], self._draw(total, len(which), table), first)
                 if bool(fresh.sum().isfinite()):
+                    fresh = self.start(fresh, self.embed.data[table])
                     self._write((table, which), fresh, mean[table].expand(len(which)))
 
     def _write(self, where: Any, codes: Tensor, counts: Tensor) -> None:
@@ -248,7 +253,7 @@ class Codebook(Usage):
             _add_rows(sums, sample, ids)
             means = normalise(sums) if self.cosine else sums / counts.clamp_min(1)[..., None]
             centres = torch.where(counts[..., None] > 0, means, centres)
-        self._write(slice(first_table, first_table + G), centres, counts)
+        self._write(slice(first_table, first_table + G), self.start(centres, centres), counts)
         self._clustered.add(first_table)
         if len(self._clustered) * G == T:
             self.initialised.fill_(True)

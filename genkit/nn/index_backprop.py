@@ -1,9 +1,9 @@
 """Index backpropagation: the choice among all codes is differentiated through a softmax, so that every code learns from every vector.
 
 Shi et al., "Taming Scalable Visual Tokenizer for Autoregressive Image Generation" (IBQ), 2024, section 3.2. The losses are those of its code
-(TencentARC/SEED-Voken src/IBQ), where beta stands on the other term than in the paper. Differences: the first batch is clustered, dead codes restart
-(genkit.nn.codebook), and the softmax over the codebook exists for a block of vectors at a time: where there are several, it is computed again for the
-gradient.
+(TencentARC/SEED-Voken src/IBQ), where beta stands on the other term than in the paper. Differences: the first batch is clustered and dead codes restart
+(genkit.nn.codebook), all with one length, and the softmax over the codebook exists for a block of vectors at a time: where there are several, it is
+computed again for the gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from genkit.kernels.nearest_code.chunked import nearest_code
-from genkit.nn.codebook import Codebook
+from genkit.nn.codebook import Codebook, normalise
 from genkit.nn.entropy import entropy, over_processes
 from genkit.nn.quantize import Quantized
 
@@ -26,6 +26,10 @@ class DotCodebook(Codebook):
 
     def search(self, rows: Tensor, table: Tensor) -> Tensor:
         return nearest_code(rows, table, cosine=True)
+
+    def start(self, rows: Tensor, codes: Tensor) -> Tensor:
+        """With the mean length of the codes: a longer one would be chosen for every row on its side, and nearly all others would die."""
+        return normalise(rows) * codes.norm(dim=-1).mean(-1)[..., None, None]
 
 
 class IndexBackpropQuantizer(nn.Module):
