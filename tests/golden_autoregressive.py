@@ -39,4 +39,8 @@ def run_var(case: Any) -> Outputs:
     network = convert(case.weights, case.config)
     label = case.inputs["label_B"]
     cond = {"label": torch.where(label == case.config["num_classes"], -1, label)}
-    return {"logits": network(case.inputs["x_BLCv_wo_first_l"], None, cond, dense_layout((4, 4)))}
+    return {
+        "logits": network(
+            case.inputs["x_BLCv_wo_first_l"], None, cond, dense_layout((network.config["patch_sizes"][-1],) * 2)
+        )
+    }

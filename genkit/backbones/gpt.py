@@ -127,6 +127,7 @@ class GPT(ModelMixin, ConfigMixin):
         class_rope: rotary place of the condition's token. "zero" has no place, as in the released code: it is attended to with logit 0. "identity":
             it is at 0, as the first id is.
         context_dim, text_length: what every block attends to besides, see genkit.nn.told; the section `condition` of a recipe sets them.
+        null_class: whether the table of classes has a row for "none".
         norm_eps: of the RMS norms.
         token_dropout: on the embedded tokens.
         dropout: on both residual branches.
@@ -152,6 +153,7 @@ class GPT(ModelMixin, ConfigMixin):
         class_rope: Literal["zero", "identity"] = "zero",
         context_dim: int | None = None,
         text_length: int | None = None,
+        null_class: bool = True,
         norm_eps: float = 1e-5,
         token_dropout: float = 0.0,
         dropout: float = 0.0,
@@ -168,7 +170,7 @@ class GPT(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
         self.told = Told(dim=dim, context_dim=context_dim, text_length=text_length)
         self.embed = IdEmbedding(num_levels=1, num_rows=codebook_size, dim=dim)
-        self.label = LabelEmbedding(num_classes=num_classes, dim=dim)
+        self.label = LabelEmbedding(num_classes=num_classes, dim=dim, null_class=null_class)
         self.drop_tokens = Dropout(token_dropout)
         self.blocks = nn.ModuleList(
             Block(

@@ -37,6 +37,7 @@ class MAR(ModelMixin, ConfigMixin):
         patch_size: cells per axis of a token: one number, or one per axis.
         buffer_size: tokens in front of the others that all are the class: room for the encoder to think in while little is known.
         head_width, head_depth: of the perceptron.
+        norm_eps: of the norms of both halves.
         dropout: on the residual branches.
 
     Raises: UsageError for sizes that do not fit each other.
@@ -62,6 +63,7 @@ class MAR(ModelMixin, ConfigMixin):
         buffer_size: int = 64,
         head_width: int = 512,
         head_depth: int = 3,
+        norm_eps: float = 1e-6,
         dropout: float = 0.1,
     ):
         super().__init__()
@@ -76,7 +78,7 @@ class MAR(ModelMixin, ConfigMixin):
 
         def blocks(dim: int, first: int, depth: int, num_heads: int) -> nn.ModuleList:
             return nn.ModuleList(
-                Block(dim=dim, layer=first + i, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout)
+                Block(dim=dim, layer=first + i, num_heads=num_heads, mlp_ratio=mlp_ratio, eps=norm_eps, dropout=dropout)
                 for i in range(depth)
             )
 
@@ -85,12 +87,12 @@ class MAR(ModelMixin, ConfigMixin):
         self.positions = nn.Parameter(torch.empty(buffer_size + self.num_tokens, dim))
         self.embed_norm = nn.LayerNorm(dim, eps=1e-6)
         self.encoder = blocks(dim, 0, depth, num_heads)
-        self.encoder_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.encoder_norm = nn.LayerNorm(dim, eps=norm_eps)
         self.project = nn.Linear(dim, out_dim)
         self.mask_token = nn.Parameter(torch.empty(out_dim))
         self.decoder_positions = nn.Parameter(torch.empty(buffer_size + self.num_tokens, out_dim))
         self.decoder = blocks(out_dim, depth, out_depth, decoder_heads or num_heads)
-        self.decoder_norm = nn.LayerNorm(out_dim, eps=1e-6)
+        self.decoder_norm = nn.LayerNorm(out_dim, eps=norm_eps)
         self.head_positions = nn.Parameter(torch.empty(self.num_tokens, out_dim))
         for part in (self.embed, self.encoder, self.project, self.decoder):
             init_linears(part)

@@ -50,6 +50,7 @@ class VAR(ModelMixin, ConfigMixin):
         shared_modulation: one map from the condition to shifts, scales and gates for all blocks, to which each adds vectors of its own (VAR-d36-s).
         dropout: on both residual branches.
         drop_path: probability of leaving out a branch in the last layer, rising from 0 in the first; the paper's is depth / 240.
+        norm_eps: of the norms of blocks and head.
         gate: the gates begin small by this factor, the paper's alng: 1e-3 for d16 and d20, 1e-4 and 1e-5 for larger ones.
 
     Raises: UsageError for a tokenizer without scales.
@@ -73,6 +74,7 @@ class VAR(ModelMixin, ConfigMixin):
         shared_modulation: bool = False,
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
         gate: float = 1e-3,
     ):
         super().__init__()
@@ -99,10 +101,11 @@ class VAR(ModelMixin, ConfigMixin):
                 dropout=dropout,
                 drop_path=drop_path * i / max(1, depth - 1),
                 modulation=Table(dim) if shared_modulation else None,
+                norm_eps=norm_eps,
             )
             for i in range(depth)
         )
-        self.head = AdaLNHead(dim=dim, width=codebook_size)
+        self.head = AdaLNHead(dim=dim, width=codebook_size, norm_eps=norm_eps)
         self.coords: Tensor
         self.register_buffer("coords", scale_coords(patch_sizes), persistent=False)
         self.initialise(gate)
@@ -119,6 +122,7 @@ class VAR(ModelMixin, ConfigMixin):
         trunc_normal_(self.start, std=std)
         trunc_normal_(self.position, std=std)
         with torch.no_grad():
+            assert isinstance(self.head.modulation, nn.Linear)
             self.head.linear.weight.mul_(0.02)
             self.head.modulation.weight.mul_(0.5)
             for block in self.blocks:

@@ -1,4 +1,4 @@
-"""The class- or text-conditional GPT of FoundationVision/LlamaGen (GPT-B to 3B)."""
+"""The class-conditional GPT of FoundationVision/LlamaGen (GPT-B to 3B)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from genkit.backbones.gpt import GPT, hidden_of
 from genkit.errors import GenkitError, UsageError
-from genkit.importers.names import Rules, count, fill, shape
+from genkit.importers.dit import has_null_class, num_classes
+from genkit.importers.names import Rules, count, fill, has, shape
 
 WHAT = "a LlamaGen GPT"
 IGNORED = {
@@ -28,11 +29,22 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 
     Args:
         config: of the original's options, `n_head` (by default that of the published size of this width), `block_size` (ids per image, 256),
-            `norm_eps` (1e-5), `rope_base` (10000), and of dropout those that fine-tuning needs: `token_dropout_p`, `resid_dropout_p`, `drop_path_rate`.
+            `norm_eps` (1e-5), `rope_base` (10000), `class_dropout_prob` (0: no row for no class), and of dropout those that fine-tuning
+            needs: `token_dropout_p`, `resid_dropout_p`, `drop_path_rate`.
 
-    Raises: GenkitError for weights that do not fit, naming the keys; UsageError where the number of heads has to be told.
+    Raises: GenkitError for weights that do not fit, naming the keys; UsageError where the number of heads has to be told, and for networks that are told
+    texts.
     """
     options = config or {}
+    if options.get("model_type", "c2i") != "c2i" or has(state, "cls_embedding.cap_proj."):
+        raise UsageError(
+            f"model_type={options.get('model_type', 't2i')} of {WHAT} is not supported, only c2i: the features that go in front of the ids come from a "
+            "text encoder (T5) that is not part of these weights"
+        )
+    if int(options.get("cls_token_num", 1)) != 1:
+        raise UsageError(
+            f"cls_token_num={options['cls_token_num']} of {WHAT} is not supported, only 1: a class is one token"
+        )
     codebook_size, dim = shape(state, "tok_embeddings.weight", WHAT)
     num_heads = _num_heads(dim, options)
     head_dim = dim // num_heads
@@ -46,7 +58,8 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     network = GPT(
         codebook_size=codebook_size,
         num_levels=1,
-        num_classes=shape(state, "cls_embedding.embedding_table.weight", WHAT)[0] - 1,
+        num_classes=num_classes(state, "cls_embedding.embedding_table.weight", options, WHAT),
+        null_class=has_null_class(options),
         grid=(side, side),
         dim=dim,
         depth=count(state, "layers.{}."),

@@ -23,7 +23,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 
     Args:
         config: of the original's options, `encoder_num_heads`, `decoder_num_heads` (by default those of the published size of this width) and
-            `patch_size` (default 1).
+            `patch_size` (default 1); `norm_eps` of the norm layers it was given (1e-6).
 
     Raises: GenkitError for weights that do not fit, naming the keys; UsageError where the number of heads has to be told.
     """
@@ -52,6 +52,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
         buffer_size=shape(state, "encoder_pos_embed_learned", WHAT)[1] - num_tokens,
         head_width=head_width,
         head_depth=count(state, "diffloss.net.res_blocks.{}."),
+        norm_eps=float(options.get("norm_eps", 1e-6)),
     )
     own = {key: value for key, value in state.items() if key not in ("class_emb.weight", "fake_latent")}
     shape(state, "fake_latent", WHAT)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from genkit.errors import GenkitError
 from genkit.importers.names import Rules, count, has, shape
 from genkit.nn.codebook import normalise
 
@@ -44,12 +45,17 @@ def sizes(state: Mapping[str, Tensor], words: Vocabulary, what: str) -> dict[str
     """Constructor arguments of VQGAN and KLGAN that the weights tell: image_channels, widths, stem, num_blocks, attention, mid_attention,
     decoder_widths and decoder_attention (None where they are the encoder's).
 
-    Raises: GenkitError when a weight they are read from is missing.
+    Raises: GenkitError when a weight they are read from is missing, and when the networks have different numbers of levels.
     """
     block = f".{words.block}"
     first = block.format(0) + ".conv1.weight"
     levels = range(max(1, count(state, words.down + block.split("{")[0])))
     up = [words.up.format(i if words.up_is_finest_first else len(levels) - 1 - i) for i in levels]
+    num_up = max(1, count(state, words.up + block.split("{")[0]))
+    if num_up != len(levels):
+        raise GenkitError(
+            f"these weights are of {what} with {len(levels)} levels down and {num_up} up: images would change their size"
+        )
     stem, image_channels, *_ = shape(state, "encoder.conv_in.weight", what)
     widths = [shape(state, words.down.format(i) + first, what)[0] for i in levels]
     decoder_widths = [shape(state, level + first, what)[0] for level in up]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from genkit.errors import GenkitError
+from genkit.errors import GenkitError, UsageError
 from genkit.importers import taming
 from genkit.importers.names import fill, has, shape
 from genkit.tokenizers.vqgan import VQGAN
@@ -23,8 +23,12 @@ IGNORED = {
 def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VQGAN:
     """State dict -> tokenizer in evaluation mode. Every size is read from the weights; the config is not needed.
 
-    Raises: GenkitError for weights that do not fit, naming the keys.
+    Args:
+        config: of the original's options, its `ddconfig` is looked at for what cannot be imported.
+
+    Raises: GenkitError for weights that do not fit, naming the keys; UsageError for an option that is not supported.
     """
+    _check((config or {}).get("ddconfig", {}))
     if has(state, "quantize.embed.") and has(state, "quantize.proj."):
         raise GenkitError(
             "these are weights of a VQGAN with Gumbel quantisation, whose ids are no nearest codes; it cannot be imported"
@@ -32,8 +36,22 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     words = taming.Vocabulary()
     found = taming.sizes(state, words, WHAT)
     codebook_size, channels = shape(state, "quantize.embedding.weight", WHAT)
+    if has(state, "quantize.used"):
+        raise GenkitError(
+            "these are weights of a VQGAN whose ids are mapped to those in use (remap); it cannot be imported"
+        )
     neck = shape(state, "encoder.conv_out.weight", WHAT)[0]
     tokenizer = VQGAN(**found, channels=channels, neck=neck, codebook_size=codebook_size)
     fill(tokenizer, state, taming.rules(words, len(found["widths"])), IGNORED, WHAT)
     taming.set_codes(tokenizer)
     return tokenizer.eval()
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    """UsageError for an option of both networks that weights alone would not tell, or not clearly."""
+    for name, value in (("double_z", False), ("resamp_with_conv", True), ("give_pre_end", False)):
+        if options.get(name, value) != value:
+            raise UsageError(f"{name}={options[name]} of {WHAT} is not supported, only {value}")
+    channels, out = (options.get(name, 3) for name in ("in_channels", "out_ch"))
+    if channels != out:
+        raise UsageError(f"in_channels={channels} beside out_ch={out} of {WHAT} is not supported, only equal numbers")

@@ -27,7 +27,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 
     Args:
         config: of the original's options those that weights do not tell: `patch_nums` (default those of the released weights at 256 pixels),
-            `num_heads` (by default one per 64 channels), `attn_l2_norm` (as the weights), `drop_rate`, `drop_path_rate` (0.1 depth / 24).
+            `num_heads` (by default one per 64 channels), `attn_l2_norm` (as the weights), `norm_eps` (1e-6), `drop_rate`, `drop_path_rate` (0.1 depth / 24).
 
     Raises: GenkitError for weights that do not fit, naming the keys.
     """
@@ -54,6 +54,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
         },
         mlp_ratio=shape(state, "blocks.0.ffn.fc1.weight", WHAT)[0] / dim,
         shared_modulation=is_shared,
+        norm_eps=float(options.get("norm_eps", 1e-6)),
         dropout=float(options.get("drop_rate", 0.0)),
         drop_path=float(options.get("drop_path_rate", 0.1 * depth / 24)),
     )

@@ -19,8 +19,8 @@ class AdaLNBlock(nn.Module):
         rank: the six vectors come from a product of two matrices of this rank without anything between them (FiTv2's adaLN-LoRA); None = one matrix.
         dropout, drop_path: on both branches.
         modulation: a part of its own that makes the six vectors, [B, D] -> [B, 6 D].
-        mlp_norm_eps: of the norm before the perceptron, where that is the layer norm.
-        norm: of both branches.
+        norm, norm_eps: of both branches.
+        mlp_norm_eps: of the norm before the perceptron alone, where that is the layer norm; by default norm_eps.
     """
 
     def __init__(
@@ -33,12 +33,14 @@ class AdaLNBlock(nn.Module):
         dropout: float = 0.0,
         drop_path: float = 0.0,
         modulation: nn.Module | None = None,
-        mlp_norm_eps: float = 1e-6,
+        mlp_norm_eps: float | None = None,
         norm: Norm = "layer",
+        norm_eps: float = 1e-6,
     ):
         super().__init__()
-        self.mixer, self.mlp, self.mlp_norm_eps = mixer, mlp, mlp_norm_eps
-        self.norms = None if norm == "layer" else nn.ModuleList(make_norm(norm, dim) for _ in range(2))
+        self.mixer, self.mlp, self.norm_eps = mixer, mlp, norm_eps
+        self.mlp_norm_eps = norm_eps if mlp_norm_eps is None else mlp_norm_eps
+        self.norms = None if norm == "layer" else nn.ModuleList(make_norm(norm, dim, norm_eps) for _ in range(2))
         self.dropout = Dropout(dropout)
         self.drop_path = DropPath(drop_path)
         if modulation is None:
@@ -66,7 +68,7 @@ class AdaLNBlock(nn.Module):
         vectors = self.modulation(c) if shared is None else self.modulation(c) + shared
         mix_shift, mix_scale, mix_gate, shift, scale, gate = per_token(vectors, sample).chunk(6, dim=-1)
         mix_norm, mlp_norm = (None, None) if self.norms is None else self.norms
-        mixed = self.mixer(modulate(h, mix_shift, mix_scale, norm=mix_norm), layout, cache)
+        mixed = self.mixer(modulate(h, mix_shift, mix_scale, self.norm_eps, mix_norm), layout, cache)
         h = addcmul(h, mix_gate, self.drop_path(self.dropout(mixed)))
         widened = self.mlp(modulate(h, shift, scale, self.mlp_norm_eps, mlp_norm))
         return addcmul(h, gate, self.drop_path(self.dropout(widened)))
@@ -88,13 +90,22 @@ class AdaLNHead(nn.Module):
     """The last layer: h [B, N, D], condition after its SiLU [B, D] -> [B, N, width], 0 at first.
 
     Args:
-        norm: before it is modulated.
+        norm, norm_eps: before it is modulated.
         modulation: a part of its own that makes shift and scale, [B, D] -> [B, 2 D].
     """
 
-    def __init__(self, *, dim: int, width: int, norm: Norm = "layer", modulation: nn.Module | None = None):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        width: int,
+        norm: Norm = "layer",
+        norm_eps: float = 1e-6,
+        modulation: nn.Module | None = None,
+    ):
         super().__init__()
-        self.norm = None if norm == "layer" else make_norm(norm, dim)
+        self.norm = None if norm == "layer" else make_norm(norm, dim, norm_eps)
+        self.norm_eps = norm_eps
         self.modulation = nn.Linear(dim, 2 * dim) if modulation is None else modulation
         self.linear = nn.Linear(dim, width)
         init_zero(self.modulation.down if isinstance(self.modulation, GatedMLP) else self.modulation)
@@ -103,7 +114,7 @@ class AdaLNHead(nn.Module):
     def forward(self, h: Tensor, c: Tensor, sample: Tensor | None = None) -> Tensor:
         """Packed tokens as in AdaLNBlock."""
         shift, scale = per_token(self.modulation(c), sample).chunk(2, dim=-1)
-        return self.linear(modulate(h, shift, scale, norm=self.norm))
+        return self.linear(modulate(h, shift, scale, self.norm_eps, self.norm))
 
 
 def per_token(vectors: Tensor, sample: Tensor | None) -> Tensor:
