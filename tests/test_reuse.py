@@ -15,6 +15,7 @@ from genkit.backbones.fit import FiT
 from genkit.errors import UsageError
 from genkit.guidance import Guidance, guide
 from genkit.interfaces import BLOCKS, Layout
+from genkit.nn import attend as attending
 from genkit.nn.layout import dense_layout
 from genkit.nn.through import through
 from genkit.objectives.flow import Flow
@@ -387,3 +388,14 @@ def test_guidance_away_from_a_saved_worse_model(tmp_path):
         pipeline(objective={"type": "flow", "towards": "data"}).generate(LABELS, [0, 1, 2], sampler=both)
     with pytest.raises(UsageError, match=r"sampler\.guidance_weak=RUN"):
         pipeline(names=()).generate(torch.tensor([-1]), [0])
+
+
+def test_attention_over_many_tokens_is_the_same_by_blocks(monkeypatch):
+    q, k, v = (torch.randn(2, 40, 3, 8).transpose(1, 2).requires_grad_() for _ in "qkv")
+    weight, found = torch.randn(2, 3, 40, 8), []
+    for long in (40, 41):
+        monkeypatch.setattr(attending, "LONG", long)
+        out = attending.attend(q, k, v, grid=None, valid=None, cache=None)
+        found.append((out, *torch.autograd.grad((out * weight).sum(), (q, k, v))))
+    for blocks, plain in zip(*found, strict=True):
+        torch.testing.assert_close(blocks, plain, atol=1e-5, rtol=1e-5)

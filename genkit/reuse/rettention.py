@@ -25,6 +25,7 @@ from genkit.interfaces import ATTEND, Cache
 from genkit.kernels.block_sparse_attention.op import block_sparse_attention
 from genkit.kernels.block_sparse_attention.pattern import Pattern, build, stack_samples
 from genkit.kernels.block_sparse_attention.rules import band, tile_order, window
+from genkit.nn.attend import block_size, everything
 from genkit.reuse.calls import Carried, What, check_schedule, heeding
 
 Carry = Literal["both", "residual", "none"]
@@ -145,8 +146,7 @@ def measure(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, valid: Tensor | None, carry: Carry = "both"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(full attention [B, H, N, K], ratio [B, H, N, 1] float32, residual [B, H, N, K]). A row without a key in the pattern has ratio 0."""
-    everything = _everything(q.shape[2], q.device)
-    o, lse = block_sparse_attention(q, k, v, everything, valid=valid)
+    o, lse = block_sparse_attention(q, k, v, everything(q.shape[2], q.device), valid=valid)
     if carry == "none":
         return o, lse.new_empty(0), o.new_empty(0)
     sparse, sparse_lse = block_sparse_attention(q, k, v, pattern, valid=valid)
@@ -157,22 +157,11 @@ def measure(
     return o, ratio, torch.addcmul(o, ratio.to(o.dtype), sparse, value=-1)
 
 
-def _block_size(num_tokens: int) -> int:
-    """Larger blocks compute faster, smaller ones follow short bands more closely."""
-    return 64 if num_tokens >= 1024 else 16
-
-
-@lru_cache(maxsize=16)
-def _everything(num_tokens: int, device: torch.device) -> Pattern:
-    with torch.inference_mode(False):
-        return build(num_tokens, _block_size(num_tokens)).to(device)
-
-
 @lru_cache(maxsize=16)
 def _band(num_tokens: int, counts: tuple[int, ...], density: float, device: torch.device) -> Pattern:
     """|i - j| <= half of int(n density), as released: half as many keys at both ends of the sequence. n: real tokens of each sample, or one number for all."""
     with torch.inference_mode(False):
-        size = _block_size(num_tokens)
+        size = block_size(num_tokens)
         patterns = [build(band(num_tokens, int(n * density) // 2), size) for n in counts]
         return (patterns[0] if len(set(counts)) == 1 else stack_samples(patterns)).to(device)
 
