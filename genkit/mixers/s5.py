@@ -17,7 +17,7 @@ class S5(nn.Module):
     """Smith et al., "Simplified State Space Layers for Sequence Modeling", ICLR 2023.
 
     x' = Lambda x + B u with P conjugate pairs of states for all D channels, held over a learned step per state (zero-order hold);
-    y = 2 Re(C x) + skip u; GLU(W gelu(y)). Lambda starts at the eigenvalues of HiPPO-N. Nothing depends on the content of tokens, so the
+    y = 2 Re(C x) + skip u; GLU(W gelu(y)), gelu by tanh as in its code. Lambda starts at the eigenvalues of HiPPO-N. Nothing depends on the content of tokens, so the
     mixer suits regular axes, as time. Tokens are taken in their order; what is at padding reads as 0, but counts as time.
 
     Args:
@@ -62,7 +62,7 @@ class S5(nn.Module):
             y, state = y
             if cache is not None:
                 cache[self.layer] = state.detach()
-        return glu(self.proj(gelu(y)), dim=-1)
+        return glu(self.proj(gelu(y, approximate="tanh")), dim=-1)
 
 
 def hippo(size: int) -> tuple[Tensor, Tensor]:
