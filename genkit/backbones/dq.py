@@ -7,6 +7,8 @@ sequence of genkit.nn.grain_sequence, and logits of positions only where more th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -14,11 +16,11 @@ from torch import Tensor, nn
 
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout
-from genkit.nn.causal_block import CausalBlock, causal, init_normal
+from genkit.nn.causal_block import causal_blocks, init_normal
 from genkit.nn.dropout import Dropout
 from genkit.nn.embed import LabelEmbedding
 from genkit.nn.grain_sequence import GrainSequence
-from genkit.registry import MixerSpec, maker
+from genkit.registry import MixerSpec
 
 ATTENTION: MixerSpec = {"type": "attention", "num_heads": 4, "qk_norm": False, "rope": False, "is_causal": True}
 
@@ -67,18 +69,9 @@ class DQ(ModelMixin, ConfigMixin):
         self.segment = nn.Embedding(num_grains + 1, dim)
         self.label = LabelEmbedding(num_classes=num_classes, dim=dim)
         self.drop = Dropout(dropout)
-        make_mixer = maker("mixer", mixer)
-
-        def blocks(first: int, count: int) -> nn.ModuleList:
-            return nn.ModuleList(
-                CausalBlock(
-                    dim=dim, mixer=causal(make_mixer(dim=dim, layer=i), i), mlp_ratio=mlp_ratio, dropout=dropout
-                )
-                for i in range(first, first + count)
-            )
-
-        self.position_blocks = blocks(0, position_depth)
-        self.content_blocks = blocks(position_depth, content_depth)
+        shape: dict[str, Any] = {"dim": dim, "mlp_ratio": mlp_ratio, "dropout": dropout}
+        self.position_blocks = causal_blocks(mixer, 0, position_depth, **shape)
+        self.content_blocks = causal_blocks(mixer, position_depth, content_depth, **shape)
         self.position_norm, self.content_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.position_head = nn.Linear(dim, sequence.num_positions)
         self.content_head = nn.Linear(dim, codebook_size)

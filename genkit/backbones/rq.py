@@ -7,6 +7,8 @@ embedded by tables that are learned here, not by the codes of the tokenizer; tar
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -14,12 +16,12 @@ from torch import Tensor, nn
 
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout
-from genkit.nn.causal_block import CausalBlock, causal, init_normal
+from genkit.nn.causal_block import causal_blocks, init_normal
 from genkit.nn.dropout import Dropout
 from genkit.nn.embed import LabelEmbedding, PositionEmbedding
 from genkit.nn.layout import dense_layout
 from genkit.nn.sequence import part
-from genkit.registry import MixerSpec, maker
+from genkit.registry import MixerSpec
 
 ATTENTION: MixerSpec = {"type": "attention", "num_heads": 4, "qk_norm": False, "rope": False, "is_causal": True}
 
@@ -71,16 +73,11 @@ class RQ(ModelMixin, ConfigMixin):
         self.level = nn.Embedding(num_levels, dim)
         self.drop = Dropout(dropout)
 
-        def blocks(spec: MixerSpec, count: int) -> nn.ModuleList:
-            make_mixer = maker("mixer", spec)
-            return nn.ModuleList(
-                CausalBlock(
-                    dim=dim, mixer=causal(make_mixer(dim=dim, layer=i), i), mlp_ratio=mlp_ratio, dropout=dropout
-                )
-                for i in range(count)
-            )
-
-        self.body, self.head = blocks(mixer, depth), blocks(head_mixer, head_depth)
+        shape: dict[str, Any] = {"dim": dim, "mlp_ratio": mlp_ratio, "dropout": dropout}
+        self.body, self.head = (
+            causal_blocks(mixer, 0, depth, **shape),
+            causal_blocks(head_mixer, 0, head_depth, **shape),
+        )
         self.norm = nn.LayerNorm(dim)
         self.classifier = nn.Linear(dim, codebook_size)
         self.apply(init_normal)

@@ -10,6 +10,7 @@ from genkit.errors import UsageError
 from genkit.interfaces import Cache, Layout
 from genkit.nn.dropout import Dropout
 from genkit.nn.mlp import MLP
+from genkit.registry import MixerSpec, maker
 
 
 class CausalBlock(nn.Module):
@@ -28,6 +29,17 @@ class CausalBlock(nn.Module):
     def forward(self, h: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         h = h + self.dropout(self.mixer(self.mix_norm(h), layout, cache))
         return h + self.dropout(self.mlp(self.mlp_norm(h)))
+
+
+def causal_blocks(
+    mixer: MixerSpec, first: int, depth: int, *, dim: int, mlp_ratio: float, dropout: float
+) -> nn.ModuleList:
+    """Layers number first .. first + depth - 1. Raises UsageError for a mixer that sees ahead."""
+    make_mixer = maker("mixer", mixer)
+    return nn.ModuleList(
+        CausalBlock(dim=dim, mixer=causal(make_mixer(dim=dim, layer=i), i), mlp_ratio=mlp_ratio, dropout=dropout)
+        for i in range(first, first + depth)
+    )
 
 
 def causal(mixer: Any, layer: int) -> Any:
