@@ -43,12 +43,14 @@ def run_fsq(case: Any) -> Outputs:
         x = case.inputs[f"x_{name}"]
         codes, ids = imported.quantize(x)
         outputs |= {f"{name}_quantized": codes, f"{name}_indices": ids, f"{name}_decoded": imported.decode(ids)}
-        if kind == "FSQ":
+        if kind == "FSQ" and f"{name}_bounded" in case.outputs:
             # The original's `bound` also rounds, and is the plain one whichever variant the module itself is.
             quantizer = imported.quantizer
-            rows = quantizer.project_in(x).unflatten(-1, (quantizer.num_groups, -1))
+            is_first = x.ndim >= 4 if imported.is_channels_first is None else imported.is_channels_first
+            rows = quantizer.project_in(x.movedim(1, -1) if is_first else x).unflatten(-1, (quantizer.num_groups, -1))
             rounded = bound(rows, quantizer.levels).round() / (quantizer.levels // 2)
-            outputs[f"{name}_bounded"] = quantizer.project_out(rounded.flatten(-2))
+            bounded = quantizer.project_out(rounded.flatten(-2))
+            outputs[f"{name}_bounded"] = bounded.movedim(-1, 1) if is_first else bounded
     return outputs
 
 

@@ -140,6 +140,11 @@ def test_logits_depend_on_differences_of_places():
         ({"depth": 0}, "backbone.depth=0"),
         ({"rope_gain": "paper", "rope": "yarn"}, "goes neither with rope=yarn"),
         ({"rope_trained": 0}, "rope_trained=0 must be at least 1"),
+        ({"rope_lengths": (8,)}, "one positive number for each of the 2 axes"),
+        ({"time_shift": 0.0}, "time_shift=0.0 must be positive"),
+        ({"adaln": "swiglu"}, "only with backbone.shared_adaln=false"),
+        ({"qk_norm": "other"}, "a norm is one of none, layer"),
+        ({"norm": "other"}, "a norm is one of none, layer"),
         ({"patch_size": 4}, r"cannot be cut into patches of \(4, 4\)"),
     ],
 )
@@ -342,8 +347,10 @@ def official(**options: Any) -> dict[str, Tensor]:
         state |= dict(zip(names, value.chunk(len(names)), strict=True))
         if ".qkv." in names[0]:
             q, k, v = value.chunk(3)
-            q, k = (y.unflatten(0, (2, 2, -1)).transpose(1, 2).flatten(0, 2) for y in (q, k))
-            state[names[0]] = torch.cat([q, k, v])
+            q, k, turned = (y.unflatten(0, (2, 2, -1)).transpose(1, 2).flatten(0, 2) for y in (q, k, v))
+            state[names[0]] = torch.cat([q, k, turned if options.get("rope_values") else v])
+        if names[0].endswith(".attn.proj.weight") and options.get("rope_values"):
+            state[names[0]] = value.unflatten(1, (2, 2, -1)).transpose(2, 3).flatten(1)
         if "_norm.weight" in names[0] and ".attn." in names[0]:
             state[names[0]] = value.unflatten(0, (2, -1)).T.flatten()
     return state
@@ -367,7 +374,7 @@ def test_options_of_rotation_are_read():
     assert fit.convert(official(), CONFIG | {"rel_pos_embed": None, "rope_theta": 50}).rule == Extrapolation(
         "none", False, trained=4, base=50.0
     )
-    for name in ("add_rel_pe_to_v", "q_norm", "norm_type"):
+    for name in ("q_norm", "norm_type"):
         with pytest.raises(UsageError, match=name):
             fit.convert(official(), CONFIG | {name: "other"})
 
@@ -382,6 +389,8 @@ OTHER: list[tuple[dict[str, Any], dict[str, Any]]] = [  # of ours, and what the 
     ({"time_shift": 3.0}, {"time_shifting": 3}),
     ({"null_class": False}, {"class_dropout_prob": 0}),
     ({"rope": "none"}, {"rel_pos_embed": None}),
+    ({"rope_values": True}, {"add_rel_pe_to_v": True}),
+    ({"qk_norm": "scaled_rms", "k_norm": "layer"}, {"q_norm": "w_rmsnorm", "k_norm": "layernorm"}),
 ]
 
 

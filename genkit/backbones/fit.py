@@ -50,15 +50,25 @@ class TurnedAttention(nn.Module):
     """Multi-head attention whose rotations are given: x [B, N, D], or packed [M, D], -> the same.
 
     Args:
-        qk_norm: of queries and keys per head before they are turned; FiTv2 has "layer".
+        q_norm, k_norm: of queries and keys per head before they are turned; FiTv2 has "layer".
+        turns_values: values are turned too.
     """
 
     heeds = (ATTEND,)
 
-    def __init__(self, *, dim: int, num_heads: int, qk_norm: Norm, qkv_bias: bool = True):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        q_norm: Norm,
+        k_norm: Norm,
+        qkv_bias: bool = True,
+        turns_values: bool = False,
+    ):
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
-        self.q_norm, self.k_norm = make_norm(qk_norm, self.head_dim), make_norm(qk_norm, self.head_dim)
+        self.num_heads, self.head_dim, self.turns_values = num_heads, dim // num_heads, turns_values
+        self.q_norm, self.k_norm = make_norm(q_norm, self.head_dim), make_norm(k_norm, self.head_dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
@@ -67,6 +77,7 @@ class TurnedAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)  # [..., H, K] each
         q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate(y, layout.table).to(v.dtype) for y in (q, k))  # the rotation runs in float32 under autocast
+        v = rotate(v, layout.table).to(v.dtype) if self.turns_values else v
         packing = layout.packing
         if packing is None:
             q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, N, K] each
@@ -95,6 +106,7 @@ class FiT(ModelMixin, ConfigMixin):
         shared_adaln: one modulation for all blocks, to which each adds one of low rank, as FiTv2; else one of full rank in each block, as FiT.
         adaln_rank: that rank; by default dim / 4.
         qk_norm: layer norm of queries and keys, as FiTv2, or another by its word (nn.norm).
+        k_norm: of keys alone, where it is not that of queries.
         norm: before attention, perceptrons and head.
         mlp: "swiglu", or an ordinary perceptron with a "gelu" in its tanh form.
         adaln: how shifts, scales and gates come from the condition: "linear", or gated perceptrons, "swiglu"; these only without shared_adaln.
@@ -105,6 +117,7 @@ class FiT(ModelMixin, ConfigMixin):
         rope_per_axis: every axis by its own length; else all by the longest.
         rope_gain: of the attention logits by the number of tokens.
         rope_trained: tokens along an axis while training; by default along the longest of the grid, as in FiT, whatever sizes were mixed.
+        rope_values: values are turned as queries and keys are.
         rope_lengths: tokens along every axis that all samples are treated as having; by default each its own.
         learn_sigma: two outputs per channel, as FiT.
         time_scale: what t is multiplied by before it becomes waves.
@@ -133,6 +146,7 @@ class FiT(ModelMixin, ConfigMixin):
         shared_adaln: bool = True,
         adaln_rank: int | None = None,
         qk_norm: bool | Norm = True,
+        k_norm: Norm | None = None,
         norm: Norm = "layer",
         mlp: Literal["swiglu", "gelu"] = "swiglu",
         adaln: Literal["linear", "swiglu"] = "linear",
@@ -144,6 +158,7 @@ class FiT(ModelMixin, ConfigMixin):
         rope_per_axis: bool = True,
         rope_gain: Gain = "none",
         rope_trained: int | None = None,
+        rope_values: bool = False,
         rope_lengths: tuple[int, ...] | None = None,
         learn_sigma: bool = False,
         time_scale: float = 1.0,
@@ -196,7 +211,14 @@ class FiT(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(
             AdaLNBlock(
                 dim=dim,
-                mixer=TurnedAttention(dim=dim, num_heads=num_heads, qk_norm=qk, qkv_bias=qkv_bias)
+                mixer=TurnedAttention(
+                    dim=dim,
+                    num_heads=num_heads,
+                    q_norm=qk,
+                    k_norm=qk if k_norm is None else k_norm,
+                    qkv_bias=qkv_bias,
+                    turns_values=rope_values,
+                )
                 if make_mixer is None
                 else make_mixer(dim=dim, layer=i),
                 mlp=GatedMLP(dim=dim, hidden=hidden, bias=mlp_bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from genkit.backbones.fit import FiT
@@ -46,13 +47,11 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     Args:
         config: of the original's options, `num_heads` (by default that of the published size of this width), `patch_size` (2), `in_channels` (4),
             `context_size` (tokens of a training image, 256), `class_dropout_prob`, `norm_type`, `q_norm`, `k_norm`, `qk_norm_weight`, `time_shifting`, and of
-            rotary positions `rel_pos_embed`, `rope_theta`, `custom_freqs`, `decouple`, `ori_max_pe_len`, `online_rope`, `max_pe_len_h` and `max_pe_len_w`.
+            rotary positions `rel_pos_embed`, `add_rel_pe_to_v`, `rope_theta`, `custom_freqs`, `decouple`, `ori_max_pe_len`, `online_rope`, `max_pe_len_h` and `max_pe_len_w`.
 
     Raises: GenkitError for weights that do not fit, naming the keys; UsageError for an option that is not supported.
     """
     options = config or {}
-    if options.get("add_rel_pe_to_v"):
-        raise UsageError(f"add_rel_pe_to_v of {WHAT} is not supported")
     dim, width = shape(state, "x_embedder.proj.weight", WHAT)
     side = int(options.get("patch_size", 2))
     channels = int(options.get("in_channels", width // side**2))
@@ -76,7 +75,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
         mlp_dim=shape(state, "blocks.0.mlp.fc2.weight", WHAT)[1],
         shared_adaln=is_second,
         adaln_rank=shape(state, "blocks.0.adaLN_modulation.1.weight", WHAT)[0] if is_second else None,
-        qk_norm=_qk_norm(options, is_second),
+        **_qk_norms(options, is_second),
         norm=_norm(options, "norm_type", "layernorm"),
         mlp="swiglu" if is_gated else "gelu",
         adaln=adaln,
@@ -87,7 +86,13 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
         **_rotations(options),
         learn_sigma=has_sigma(state, "final_layer.linear.weight", width, WHAT),
     )
-    fill(network, _half_apart(state, heads), [*(_GATED if is_gated else _PLAIN), *_RULES], IGNORED, WHAT)
+    fill(
+        network,
+        _half_apart(state, heads, network.config["rope_values"]),
+        [*(_GATED if is_gated else _PLAIN), *_RULES],
+        IGNORED,
+        WHAT,
+    )
     return network.eval()
 
 
@@ -107,15 +112,13 @@ def _norm(options: Mapping[str, Any], name: str, default: str) -> Norm:
     return _NORMS[found]
 
 
-def _qk_norm(options: Mapping[str, Any], is_second: bool) -> Norm:
-    """That of queries and keys, by default of the published model."""
+def _qk_norms(options: Mapping[str, Any], is_second: bool) -> dict[str, Norm]:
+    """Those of queries and keys, by default of the published model."""
     default = "layernorm" if is_second and "adaln_type" not in options else ""  # theirs is none where a config is whole
-    found = [_norm(options, name, default) for name in ("q_norm", "k_norm")]
-    if found[0] != found[1]:
-        raise UsageError(
-            f"q_norm={options.get('q_norm')} beside k_norm={options.get('k_norm')} of {WHAT} is not supported, only one norm for both"
-        )
-    return "scaled_layer" if found[0] == "layer" and options.get("qk_norm_weight") else found[0]
+    found = {"qk_norm": _norm(options, "q_norm", default), "k_norm": _norm(options, "k_norm", default)}
+    if options.get("qk_norm_weight"):
+        return {name: "scaled_layer" if norm == "layer" else norm for name, norm in found.items()}
+    return found
 
 
 def _rotations(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,21 +134,22 @@ def _rotations(options: Mapping[str, Any]) -> dict[str, Any]:
         "rope_base": float(options.get("rope_theta", 10_000.0)),
         "rope_per_axis": bool(options.get("decouple", False)),
         "rope_gain": _GAIN.get(word, "none"),
+        "rope_values": is_turned and bool(options.get("add_rel_pe_to_v")),
         "rope_trained": options.get("ori_max_pe_len"),
         "rope_lengths": lengths if is_fixed else None,
     }
 
 
-def _half_apart(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:
-    """The state with the rows of queries and keys such that pairs (2 j, 2 j + 1) of a head become (j, j + K / 2)."""
+def _half_apart(state: Mapping[str, Tensor], num_heads: int, turns_values: bool) -> dict[str, Tensor]:
+    """The state with the rows of queries and keys, and of values that are turned, such that pairs (2 j, 2 j + 1) of a head become (j, j + K / 2)."""
     found = dict(state)
     for key, value in state.items():
         if ".attn.qkv." in key:
-            q, k, v = value.chunk(3)
-            turned = [y.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2) for y in (q, k)]
-            found[key] = v.new_empty(value.shape)
-            for part, rows in zip(found[key].chunk(3), (*turned, v), strict=True):
-                part.copy_(rows)
+            parts = value.chunk(3)
+            turned = [y.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2) for y in parts]
+            found[key] = torch.cat([*turned[:2], turned[2] if turns_values else parts[2]])
+        if turns_values and key.endswith(".attn.proj.weight"):
+            found[key] = value.unflatten(1, (num_heads, -1, 2)).transpose(2, 3).flatten(1)
         if ".attn.q_norm." in key or ".attn.k_norm." in key:
             found[key] = value.unflatten(0, (-1, 2)).T.flatten()
     return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
+
+from genkit.errors import UsageError
 
 Norm = Literal["none", "layer", "scaled_layer", "rms", "scaled_rms"]
 
@@ -20,7 +22,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, norm: n
 
 
 def make_norm(kind: Norm, dim: int, eps: float = 1e-6) -> nn.Module:
-    """The norm over the last axis [..., dim] that a word stands for; "scaled" ones have weights, none has biases."""
+    """The norm over the last axis [..., dim] that a word stands for; "scaled" ones have weights, none has biases.
+
+    Raises: UsageError for another word.
+    """
+    if kind not in get_args(Norm):
+        raise UsageError(f"a norm is one of {', '.join(get_args(Norm))}, found {kind!r}")
     if kind == "none":
         return nn.Identity()
     if kind in ("layer", "scaled_layer"):
