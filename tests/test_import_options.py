@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,20 @@ def test_diffusers_dit_without_biases_is_that_with_zeros() -> None:
     assert 0 < (exact(x, t, cond, dense_layout((8, 8))) - got).abs().max() < 1
     with pytest.raises(GenkitError, match=r"missing: .*to_k\.bias"):
         convert(bare, case.config)
+
+
+def test_the_scale_of_attention_logits_is_read() -> None:
+    case = load(GOLDEN / "recap.safetensors")
+    heads = case.config["num_heads"]
+    widths = {key: value.clone() for key, value in case.weights.items()}
+    for key, value in widths.items():
+        if ".attn.qkv." in key:
+            value[: len(value) // 3] /= 2  # queries half as long, and logits of twice the scale
+    case = replace(case, weights=widths)
+    case.config["qk_scale"] = 2 * (case.config["embed_dim"] // heads) ** -0.5
+    with torch.no_grad():
+        got = runners()["recap"](case)["full_cond"]
+    torch.testing.assert_close(got, case.outputs["full_cond"], atol=1e-4, rtol=1e-4)
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [

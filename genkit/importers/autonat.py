@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 
     Args:
         config: of the original's options, `num_heads` (by default that of the published size of this width) and `img_size`, tokens along each side (by
-            default of a square).
+            default of a square), and `qk_scale` (by default one over the root of the width of a head), which queries are multiplied by here.
 
     Raises: GenkitError for weights that do not fit, naming the keys; UsageError where the number of heads has to be told.
     """
@@ -34,6 +35,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     positions = shape(state, "token_emb.position_embeddings.weight", WHAT)[0]
     side = options.get("img_size") or square_side(positions, WHAT)
     depth = even_depth(state, WHAT)
+    heads = num_heads(dim, options, HEADS, "num_heads")
     network = UViT(
         codebook_size=rows - 1,
         num_levels=1,
@@ -41,13 +43,25 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
         grid=(side, positions // side),
         dim=dim,
         depth=depth,
-        num_heads=num_heads(dim, options, HEADS, "num_heads"),
+        num_heads=heads,
         mlp_ratio=shape(state, "mid_block.mlp.fc1.weight", WHAT)[0] / dim,
         qkv_bias="mid_block.attn.qkv.bias" in state,
         has_skips="out_blocks.0.skip_linear.weight" in state,
     )
+    if options.get("qk_scale"):
+        state = _scaled(state, float(options["qk_scale"]) * math.sqrt(dim // heads))
     fill(network, laid_out(state), [*ENDS, *block_rules(depth // 2)], IGNORED, WHAT)
     return network.eval()
+
+
+def _scaled(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """The state with the rows that make queries times a factor."""
+    found = dict(state)
+    for key, value in state.items():
+        if ".attn.qkv." in key:
+            q, *others = value.chunk(3)
+            found[key] = torch.cat([factor * q, *others])
+    return found
 
 
 def laid_out(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
