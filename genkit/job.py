@@ -107,7 +107,7 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
         run = open_on_main(accelerator, out, config, source)
         with accelerator.main_process_first():
             dataset = caching.token_dataset(config, tokenizer, fingerprint, out.parent / "cache", accelerator.device)
-        if objective.target == "ids" and not tokenizer.num_levels:
+        if objective.target == "ids" and getattr(dataset, "word", "z") != "ids":
             raise UsageError(
                 f"objective.type={config['objective']['type']} learns ids, and the tokenizer {type(tokenizer).__name__} makes continuous latents; take a "
                 "tokenizer with a codebook (vq, rvq, fsq, ...), or an objective of latents: flow, diffusion, edm, mar"
