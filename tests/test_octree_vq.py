@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from genkit import config, registry
@@ -157,13 +160,34 @@ def test_the_gradient_is_that_of_the_function():
         assert smooth.float().mean() > 0.95, "but for the few points at which two linear pieces meet"
 
 
-def test_every_parameter_learns_and_losses_are_per_shape():
-    model, objective = tiny(), ShapeReconstruction(num_surface=50)
+@pytest.mark.parametrize("options", [{}, {"encoder_nodes": "occupied", "unit": "node", "head_channels": 8}])
+def test_every_parameter_learns_and_losses_are_per_shape(options):
+    model, objective = tiny(**options), ShapeReconstruction(num_surface=50)
     losses = objective(model, batch(), {}, None, Rng.at(0, 0, 2))
     assert all(value.shape == (2,) for value in losses.values())
     sum(value.mean() for name, value in losses.items() if name[0] != "_").backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == []
+
+
+def test_an_encoder_of_occupied_nodes_gives_all_empty_ones_one_code():
+    data = batch(2)
+    tokens = tiny(encoder_nodes="occupied").eval().encode(data["points"], data["normals"])
+    true = tiny().octree(data["points"], data["normals"])
+    empty = ~true.is_occupied(3)
+    assert empty.any()
+    assert len(tokens.codes[empty].unique(dim=0)) == 1
+    assert len(tokens.codes[~empty].unique(dim=0)) > 10
+
+
+def test_a_unit_of_nodes_makes_distances_as_many_times_smaller():
+    data = batch(1)
+    functions = []
+    for unit in ("box", "node"):
+        torch.manual_seed(0)
+        model = tiny(unit=unit).eval()
+        functions.append(model.field(model.encode(data["points"], data["normals"])).values[5])
+    torch.testing.assert_close(functions[0] * torch.tensor([1, 1, 1, 2 / 2**5]), functions[1])
 
 
 def test_a_shape_is_decoded_alike_alone_and_in_a_batch():
@@ -226,6 +250,7 @@ def test_tokens_on_disk_are_those_of_the_tokenizer_and_building_goes_on(tmp_path
     assert torch.equal(found["ids"].codes, expected.codes)
     assert torch.equal(samples_of(found["ids"].octree), samples_of(expected.octree))
     assert torch.equal(found["label"], sample["label"])
+    assert found["caption"] == sample["caption"]
     assert packed[5]["ids"].batch_size == 1
     (packed.path / "codes.npy").unlink()
     with pytest.raises(UsageError, match="not a whole cache of shapes"):
@@ -369,26 +394,23 @@ def test_the_whole_line_of_shapes(tmp_path, monkeypatch):
     """Tokenizer, tokens, generator, samples, figures, at a size at which only whether it runs can be seen; twice gives the same."""
     from genkit import quickstart
 
-    tokenizer = (quickstart.RECIPES / "octree-shapes.yaml").read_text()
-    generator = (quickstart.RECIPES / "octgpt-shapes.yaml").read_text()
-    for old, new in (
-        ("num_samples: 1400", "num_samples: 4"),
-        ("num_shapes: 600", "num_shapes: 12"),
-        ("num_points: 2048", "num_points: 300"),
-    ):
-        assert old in tokenizer
-        tokenizer = tokenizer.replace(old, new)
-    for old, new in (
-        ("num_samples: 5120", "num_samples: 16"),
-        ("num_shapes: 600", "num_shapes: 12"),
-        ("[12, 24]", "[2, 2]"),
-        ("dim: 96", "dim: 24"),
-    ):
-        assert old in generator
-        generator = generator.replace(old, new)
-    for name, text in (("octree-shapes", tokenizer), ("octgpt-shapes", generator)):
-        text = text.replace("num_images: 12", "num_images: 2").replace("num_points: 2048", "num_points: 300")
-        (tmp_path / f"{name}.yaml").write_text(text)
+    changes: dict[str, dict[str, Any]] = {
+        "octree-shapes": {"train": {"num_samples": 4}, "data": {"num_kept": 1024}},
+        "octgpt-shapes": {
+            "train": {"num_samples": 16},
+            "data": {},
+            "sampler": {"num_steps": [2, 2]},
+            "backbone": {"dim": 24, "num_heads": 2},
+        },
+    }
+    for name, sections in changes.items():
+        recipe = yaml.safe_load((quickstart.RECIPES / f"{name}.yaml").read_text())
+        sections["data"] |= {"num_shapes": 12, "num_points": 300}
+        sections["log"] = {"num_images": 2}
+        for section, options in sections.items():
+            assert recipe[section].keys() >= options.keys()
+            recipe[section] |= options
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.setattr(quickstart, "RECIPES", tmp_path)
     monkeypatch.setattr(quickstart, "SHAPES", 2)
     measured = []

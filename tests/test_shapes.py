@@ -212,3 +212,24 @@ def test_inspect_tells_what_is_wrong():
     assert inspect(two).num_components == 2
     with pytest.raises(ValueError, match="names vertex 9 of 4"):
         Mesh(corner.vertices, torch.tensor([[0, 1, 9]]))
+
+
+def test_kept_points_are_chosen_anew_and_change_no_sample_without_an_epoch():
+    options = {"num_shapes": 12, "num_points": 50, "num_distances": 40}
+    kept, fresh = Shapes(num_kept=200, **options), Shapes(**options)
+    assert kept.info.fingerprint == fresh.info.fingerprint
+    assert torch.equal(kept[3]["points"], fresh[3]["points"])
+    first, again, other = (kept.fetch([3, 5], Rng.at(0, start, 2)) for start in (0, 0, 2))
+    for name, value in first.items():
+        assert torch.equal(value, again[name]) if isinstance(value, torch.Tensor) else value == again[name]
+    assert not torch.equal(first["points"], other["points"])
+    whole = kept._stored[3]
+    assert len(whole["points"]) == 200
+    for place, value in (("points", "normals"), ("sdf_points", "sdf")):
+        same = (first[place][0][:, None] == whole[place]).all(2)  # which of the kept ones each is
+        assert same.any(1).all()
+        assert torch.equal(first[value][0], whole[value][same.int().argmax(1)]), (
+            "places and what belongs to them stay together"
+        )
+    with pytest.raises(UsageError, match="num_kept=30 must be 0, or at least"):
+        Shapes(num_kept=30, **options)

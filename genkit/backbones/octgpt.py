@@ -17,6 +17,7 @@ from genkit.errors import UsageError
 from genkit.interfaces import Cond
 from genkit.nn.norm import RMSNorm
 from genkit.nn.octree_windows import Kept, OctreeStack, Places, in_front, places_of
+from genkit.nn.text import TextEncoder
 from genkit.octree.octree import Octree
 from genkit.octree.tokens import OctreeTokens
 
@@ -43,6 +44,8 @@ class OctGPT(ModelMixin, ConfigMixin):
         has_null: a row of the class table for "no class", which guidance needs; the released models have none.
         is_aligned: windows begin anew with every sample.
         context_dim: width of cond["context"] [B, L, context_dim], tokens of a text or an image; None = there are none.
+        text_length: letters of the texts in cond["text"], read by an encoder that is trained here, whose states are the context; None = none. The section
+            `condition` of a recipe sets either.
         embed_std: of what is made of split bits, codes and classes at first. Theirs, 0.02, is small beside the positions that every block adds, and takes long
             to be noticed; short training needs about 0.5.
         context: how they come in: "concat" in the buffer, "cross" by attention in every second block as well.
@@ -75,8 +78,11 @@ class OctGPT(ModelMixin, ConfigMixin):
         context_dim: int | None = None,
         context: Literal["concat", "cross"] = "concat",
         embed_std: float = 0.02,
+        text_length: int | None = None,
     ):
         super().__init__()
+        if context_dim is not None and text_length is not None:
+            raise UsageError("backbone.context_dim and backbone.text_length: the context is one or the other")
         if dim % num_heads or dim // num_heads % 6:
             raise UsageError(
                 f"backbone.dim={dim} over num_heads={num_heads}: a head's width must be whole and divisible by 6"
@@ -97,7 +103,10 @@ class OctGPT(ModelMixin, ConfigMixin):
         self.has_null = has_null or not num_classes
         self.code = nn.Linear(bits, dim)
         self.attends_to_context = context == "cross"
-        self.mask = self.context_norm = self.context_proj = None
+        self.mask = self.context_norm = self.context_proj = self.text = None
+        if text_length is not None:
+            self.text = TextEncoder(dim=dim, num_heads=num_heads, length=text_length)
+            context_dim = dim
         if context_dim is not None:
             self.mask = nn.Parameter(torch.empty(1, dim))
             self.context_norm = nn.LayerNorm(context_dim) if norm == "layer" else RMSNorm(context_dim)
@@ -196,11 +205,15 @@ class OctGPT(ModelMixin, ConfigMixin):
         """(tokens in front of all shapes [B buffer, D], what blocks attend to [B, L, C] or None)."""
         if self.context_proj is None:
             return self.label(self.labels(cond, batch_size)).repeat_interleave(self.buffer, 0), None
-        if "context" not in cond:
+        word = "context" if self.text is None else "text"
+        if word not in cond:
             raise UsageError(
-                "this model is conditioned on the tokens of a text or an image: cond['context'] is missing"
+                f"this model is conditioned on the tokens of a text or an image: cond['{word}'] is missing"
             )
-        context = cond["context"]
+        context = cond[word]
+        if self.text is not None:
+            states, is_letter = self.text(context)
+            context = torch.where(is_letter[:, :, None], states, 0)
         assert self.context_norm is not None
         front = self.context_proj(self.context_norm(context))  # [B, L, D]
         if front.shape[1] > self.buffer:

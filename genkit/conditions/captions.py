@@ -24,7 +24,7 @@ class Captions:
     """cond["text"] [B, T] int64, bytes that the generator reads itself; or cond["context"] [B, T, E], the states of an encoder. An empty caption is
     nothing. See genkit.interfaces.Condition.
 
-    The caption of an emoji is its name ("grinning face"), of other images that of their class.
+    The caption of an emoji is its name ("grinning face"), of a shape what it is made of, of other images that of their class.
 
     Args:
         encoder: "letters", trained together with the generator; else what transformers opens as a model of texts, a folder or a name. It stays as it is,
@@ -57,6 +57,8 @@ class Captions:
         self.takes |= {"text_length": length} if self.encoder is None else {"context_dim": self.encoder.dim}
 
     def of_batch(self, batch: Mapping[str, Any]) -> Cond:
+        if "caption" in batch:  # the data know
+            return self._cond(batch["caption"], batch["label"].device)
         rows = zip(batch["key"], batch["label"].tolist(), strict=True)
         return self._cond([self.caption(key, label) for key, label in rows], batch["label"].device)
 

@@ -1,7 +1,7 @@
 """Octree tokens of a dataset of shapes, made once: what a generator of shapes trains on.
 
 A folder like the other caches (genkit/data/cache.py): bits.npy, the split bits of all shapes one after another; codes.npy, the bits of the codes, eight to a
-byte; counts.npy [N, 2], how many of each a shape has; labels.npy, keys.json, meta.json. It has its name when it is whole. While it is made, finished blocks
+byte; counts.npy [N, 2], how many of each a shape has; labels.npy, keys.json, captions.json, meta.json. It has its name when it is whole. While it is made, finished blocks
 lie in a folder NAME.blocks, so that an interrupted call goes on where it stopped.
 """
 
@@ -23,11 +23,12 @@ from genkit.errors import GenkitError, UsageError
 from genkit.interfaces import DataInfo
 from genkit.octree.tokens import OctreeTokens, grow, samples_of
 
+_VERSION = 2  # of the files; raise it when they change
 _BLOCK = 32  # shapes encoded together and kept when interrupted
 
 
 class PackedShapes:
-    """Tokens of shapes: {"ids" OctreeTokens, "label", "index" [B] int64, "key" list[str]}.
+    """Tokens of shapes: {"ids" OctreeTokens, "label", "index" [B] int64, "key", "caption" list[str]}.
 
     Raises: UsageError when the folder is not a whole cache.
     """
@@ -42,7 +43,9 @@ class PackedShapes:
                 np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("bits", "codes", "counts", "labels")
             ]
             self._bits, self._codes, counts, labels = arrays
-            self._keys: list[str] = json.loads((folder / "keys.json").read_text(encoding="utf-8"))
+            self._keys, self._captions = (
+                json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("keys", "captions")
+            )
             both = self.meta["dataset_fingerprint"] + self.meta["tokenizer_fingerprint"]
             names, shape = tuple(self.meta["class_names"]), tuple(self.meta["shape"])
         except (OSError, ValueError, KeyError, EOFError) as error:
@@ -68,7 +71,8 @@ class PackedShapes:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         batch = self.__getitems__([index])
-        return {"ids": batch["ids"], "label": int(batch["label"][0]), "index": index, "key": batch["key"][0]}
+        texts = {word: batch[word][0] for word in ("key", "caption")}
+        return {"ids": batch["ids"], "label": int(batch["label"][0]), "index": index, **texts}
 
     def __getitems__(self, indices: Sequence[int] | np.ndarray) -> dict[str, Any]:
         index = np.asarray(indices, np.int64)
@@ -78,6 +82,7 @@ class PackedShapes:
             "label": self._labels[torch.from_numpy(index)],
             "index": torch.from_numpy(index),
             "key": [self._keys[i] for i in index.tolist()],
+            "caption": [self._captions[i] for i in index.tolist()],
         }
 
     def _of(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +122,7 @@ def find_or_build(
     progress: Progress | None = None,
 ) -> PackedShapes:
     """The tokens of exactly this data and this tokenizer, from the folder root/name-HASH or made now."""
-    both = f"{dataset.info.fingerprint} {tokenizer_fingerprint}"
+    both = f"{_VERSION} {dataset.info.fingerprint} {tokenizer_fingerprint}"
     out = Path(root) / f"{name}-{hashlib.blake2b(both.encode(), digest_size=6).hexdigest()}"
     if not (out / "meta.json").exists():
         _build(tokenizer, dataset, out, tokenizer_fingerprint, device, progress)
@@ -138,7 +143,8 @@ def _build(
                 continue
             with torch.inference_mode():
                 tokens = tokenizer.encode(batch["points"].to(device), batch["normals"].to(device)).to("cpu")
-            arrays = _packed(tokens) | {"labels": batch["label"].numpy(), "keys": np.array(batch["key"])}
+            texts = {f"{word}s": np.array(batch[word]) for word in ("key", "caption")}
+            arrays = _packed(tokens) | {"labels": batch["label"].numpy(), **texts}
             temporary = part.with_suffix(".part.npz")
             np.savez(temporary, **arrays)
             temporary.rename(part)
@@ -153,7 +159,8 @@ def _build(
     temporary.mkdir()
     for name in ("bits", "codes", "counts", "labels"):
         np.save(temporary / f"{name}.npy", whole[name], allow_pickle=False)
-    files.write_json(temporary / "keys.json", whole["keys"].tolist())
+    for name in ("keys", "captions"):
+        files.write_json(temporary / f"{name}.json", whole[name].tolist())
     files.write_json(
         temporary / "meta.json",
         {

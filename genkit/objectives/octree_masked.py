@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from genkit.errors import UsageError
 from genkit.interfaces import Cond, Layout
+from genkit.objectives.dropping import drop
 from genkit.octree import build
 from genkit.octree.octree import Octree
 from genkit.octree.tokens import OctreeTokens
@@ -29,7 +30,7 @@ class OctreeMasked:
         min_masked: smallest share.
         flip: probability that a bit of a known code is turned around in what the model reads. The loss is then taken over all codes, so that it learns to
             put them right.
-        cond_drop: probability that a label is dropped to -1.
+        cond_drop: probability that a shape is told nothing: no label, no text.
         code_weight: of the codes' loss beside that of the split bits.
     """
 
@@ -52,9 +53,7 @@ class OctreeMasked:
         if self.flip and getattr(model, "training", False):
             turned = self._uniform(rng.fork("flip"), samples[S:], codes.shape[1]) < self.flip
             codes = torch.where(turned, 1 - codes, codes)
-        if "label" in cond and self.cond_drop:
-            dropped = rng.fork("cond").uniform() < self.cond_drop
-            cond = {**cond, "label": torch.where(dropped, -1, cond["label"])}
+        cond = drop(cond, self.cond_drop, rng) if self.cond_drop else cond
         read = OctreeTokens(target.octree, target.splits, codes)
         of_splits, of_codes = model(read, known, cond)
         split = cross_entropy(of_splits.float(), target.splits, reduction="none")  # [S]
@@ -105,10 +104,11 @@ class OctreeMasked:
         return Grow(model, cond)
 
     def guided(self, model: Any, cond: Cond, guidance: Any, weak: Any = None) -> Grow:
-        """The same, away from the model without labels, or from a worse one. Raises UsageError for a strength that changes on the way."""
+        """The same, away from the model that is told nothing, or from a worse one. Raises UsageError for a strength that changes on the way."""
         if guidance.schedule != "constant":
             raise UsageError(f"sampler.guidance_schedule={guidance.schedule}: octrees are guided evenly; use constant")
-        none = cond if weak is not None else {**cond, "label": torch.full_like(cond["label"], -1)}
+        nothing = {"label": -1}
+        none = cond if weak is not None else {k: torch.full_like(v, nothing.get(k, 0)) for k, v in cond.items()}
         return Grow(model, cond, [(model if weak is None else weak, none)], guidance.strength)
 
 
