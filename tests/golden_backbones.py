@@ -68,7 +68,10 @@ def run_fit(case: Any) -> Outputs:
     times = {"forward": t}
     if "t_int" in case.inputs:
         whole = case.inputs["t_int"]
-        times |= {"forward_t_int_noclamp": whole, "forward_t_int_head": whole.clamp_max(1)}
+        shift = case.config.get("time_shifting", 1)
+        is_late = shift * whole / (1 + (shift - 1) * whole) > 1  # what the original limits is the shifted time
+        head = torch.where(is_late, torch.ones_like(whole), whole)
+        times |= {"forward_t_int_noclamp": whole, "forward_t_int_head": head}
     outputs = {name: network(x, t, cond, layout) for name, t in times.items()}
     return {name: value.transpose(1, 2) if is_sit else value for name, value in outputs.items()}
 
