@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genkit.backbones.fit_interleaved import LATENTS, FITInterleaved, parse_layers
+from genkit.backbones.fit_interleaved import LATENTS, CrossAttention, FITInterleaved, parse_layers
 from genkit.errors import UsageError
 from genkit.interfaces import Layout
 from genkit.nn.layout import dense_layout
@@ -46,6 +46,20 @@ def test_size_is_that_of_the_released_code():
     assert sum(p.numel() for p in model.parameters()) + 9 * 48 == 216_460
 
 
+def test_a_perceptron_behind_what_is_read():
+    torch.manual_seed(0)
+    plain = CrossAttention(dim=8, from_dim=12, num_heads=2)
+    more = CrossAttention(dim=8, from_dim=12, num_heads=2, mlp_ratio=2.0)
+    more.load_state_dict(plain.state_dict(), strict=False)
+    x, y = noisy(2, 5, 8), noisy(2, 3, 12)
+    read = plain(x, y)
+    assert more.mlp is not None
+    torch.testing.assert_close(more(x, y), read + more.mlp(more.norm_mlp(read)))
+    stages = network(layers="(0)1(0)1(0)", cross_mlp=True).stages
+    assert [stage.told.mlp is None for stage in stages[:2]] == [True, True]  # the condition is read without
+    assert [part.mlp is not None for stage in stages[:2] for part in (stage.read, stage.write)] == [True] * 4
+
+
 def test_layers_are_read_as_in_the_paper():
     assert parse_layers("(2)4(0)1(3)") == [(2, 4), (0, 1), (3, 0)]
     assert parse_layers("(2)") == [(2, 0)]
@@ -62,6 +76,7 @@ def test_layers_are_read_as_in_the_paper():
         ((4, 8, 8), {"patch_size": (1, 2, 2), "tile": (4, 2, 2)}),
         ((16,), {"tile": 4}),
         (GRID, {"layers": "(2)", "tile": (2, 4)}),
+        (GRID, {"layers": "(0)2(0)1(0)", "cross_mlp": True}),
         (GRID, {"global_mixer": [{"type": "attention", "num_heads": 2}]}),
     ],
 )

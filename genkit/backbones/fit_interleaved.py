@@ -54,9 +54,12 @@ class Layer(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """x [B, N, D] + what it reads in y [B, L, E]; heads together are as wide as the narrower of the two."""
+    """x [B, N, D] + what it reads in y [B, L, E]; heads together are as wide as the narrower of the two.
 
-    def __init__(self, *, dim: int, from_dim: int, num_heads: int):
+    With mlp_ratio a perceptron follows, x + mlp(norm(x)).
+    """
+
+    def __init__(self, *, dim: int, from_dim: int, num_heads: int, mlp_ratio: float | None = None):
         super().__init__()
         width = min(dim, from_dim)
         if num_heads < 1 or width % num_heads:
@@ -69,13 +72,18 @@ class CrossAttention(nn.Module):
         self.q = nn.Linear(dim, width)
         self.kv = nn.Linear(from_dim, 2 * width)
         self.proj = nn.Linear(width, dim)
+        self.mlp: MLP | None = None
+        if mlp_ratio is not None:
+            self.norm_mlp = nn.LayerNorm(dim, eps=EPS)
+            self.mlp = MLP(dim=dim, mlp_ratio=mlp_ratio)
 
     def forward(self, x: Tensor, y: Tensor, valid: Tensor | None = None) -> Tensor:
         """valid [B, L] bool: which of y may be read."""
         q = self.q(self.norm(x)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(self.norm_from(y)).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = scaled_dot_product_attention(q, k, v, attn_mask=None if valid is None else valid[:, None, None])
-        return x + self.proj(out.transpose(1, 2).flatten(2))
+        x = x + self.proj(out.transpose(1, 2).flatten(2))
+        return x if self.mlp is None else x + self.mlp(self.norm_mlp(x))
 
 
 class ScalarEmbedding(nn.Module):
@@ -106,6 +114,7 @@ class Stage(nn.Module):
         latent_dim: int,
         heads: tuple[int, int],
         has_write: bool,
+        cross_ratio: float | None,
     ):
         super().__init__()
         self.local, self.far = nn.ModuleList(local), nn.ModuleList(far)
@@ -113,10 +122,10 @@ class Stage(nn.Module):
         self.told: CrossAttention | None = None
         self.write: CrossAttention | None = None
         if far:
-            self.read = CrossAttention(dim=latent_dim, from_dim=dim, num_heads=min(heads))
+            self.read = CrossAttention(dim=latent_dim, from_dim=dim, num_heads=min(heads), mlp_ratio=cross_ratio)
             self.told = CrossAttention(dim=latent_dim, from_dim=latent_dim, num_heads=heads[1])
         if has_write:
-            self.write = CrossAttention(dim=dim, from_dim=latent_dim, num_heads=min(heads))
+            self.write = CrossAttention(dim=dim, from_dim=latent_dim, num_heads=min(heads), mlp_ratio=cross_ratio)
 
     def forward(
         self, x: Tensor, z: Tensor, told: Tensor, tile: Layout, latents: Layout, cache: Cache | None
@@ -157,6 +166,7 @@ class FITInterleaved(ModelMixin, ConfigMixin):
         mixer, global_mixer: of the local and the global layers; the latter see a line of T m latents, tile by tile.
         num_heads, latent_heads: of the attention between tokens and latents (the fewer of the two), and to the condition (the latter).
         mlp_ratio: hidden channels of the perceptrons per channel.
+        cross_mlp: a perceptron follows each reading and writing; Snap Video has it instead of local layers, layers (0)4(0)4 .. (0).
         self_cond: share of a batch that in training first runs without, and then with the latents of that run (0.5 in the release; Snap Video 0.9). Above 0,
             a cache given while sampling carries the latents from step to step.
         time_scale: t is multiplied by it; 1000 for t in [0, 1], 1 for steps 0 .. 999.
@@ -185,6 +195,7 @@ class FITInterleaved(ModelMixin, ConfigMixin):
         num_heads: int = 4,
         latent_heads: int = 4,
         mlp_ratio: float = 4.0,
+        cross_mlp: bool = False,
         self_cond: float = 0.0,
         time_scale: float = 1000.0,
         learn_sigma: bool = False,
@@ -227,6 +238,7 @@ class FITInterleaved(ModelMixin, ConfigMixin):
                 latent_dim=latent_dim,
                 heads=(num_heads, latent_heads),
                 has_write=i + 1 < len(counts),
+                cross_ratio=mlp_ratio if cross_mlp else None,
             )
             for i, (local, far) in enumerate(counts)
         )
