@@ -59,6 +59,16 @@ def test_the_scale_of_attention_logits_is_read() -> None:
     torch.testing.assert_close(got, case.outputs["full_cond"], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("importer", "golden"), [("uvit_bert", "maskgit_uvitbert"), ("autonat", "recap")])
+def test_a_single_block_is_a_network(importer: str, golden: str) -> None:
+    case = load(GOLDEN / f"{golden}.safetensors")
+    weights = {key: value for key, value in case.weights.items() if not key.startswith(("in_blocks", "out_blocks"))}
+    network = import_module(f"genkit.importers.{importer}").convert(weights, case.config)
+    ids = torch.zeros(1, 1, *network.config["grid"], dtype=torch.int64)
+    assert len(network.blocks) == 1
+    assert network(ids, None, {}, dense_layout(tuple(network.config["grid"]))).isfinite().all()
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("taming_vqgan", {"ddconfig": {"double_z": True}}, "double_z=True"),
     ("taming_vqgan", {"ddconfig": {"resamp_with_conv": False}}, "resamp_with_conv=False"),

@@ -24,7 +24,7 @@ class UViT(ModelMixin, ConfigMixin):
         codebook_size, num_levels: S, Q.
         num_classes: classes that cond["label"] counts; 0 = unconditional.
         grid: tokens per axis; no other fits.
-        dim, depth, num_heads: depth is even; one block stands between the halves. Of AutoNAT-L 768, 24 and 8.
+        dim, depth, num_heads: depth is even; one block stands between the halves, or alone at depth 0. Of AutoNAT-L 768, 24 and 8.
         head: "tied_detached" as AutoNAT, "linear" as UViTBert.
         embed_norm: "own" as AutoNAT, "none" as UViTBert; see IdSequence.
         has_skips: AutoNAT and UViTBert have them; without, a plain pre-norm transformer.
@@ -52,9 +52,9 @@ class UViT(ModelMixin, ConfigMixin):
         dropout: float = 0.0,
     ):
         super().__init__()
-        if depth < 2 or depth % 2:
+        if depth < 0 or depth % 2:
             raise UsageError(
-                f"backbone.depth={depth} must be even and at least 2: each block of one half has a partner in the other"
+                f"backbone.depth={depth} must be even and not negative: each block of one half has a partner in the other"
             )
         self.gradient_checkpointing = False
         self.has_skips = has_skips

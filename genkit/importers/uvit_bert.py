@@ -49,9 +49,9 @@ def sampling(network: Any) -> dict[str, Any]:
 
 
 def even_depth(state: Mapping[str, Tensor], what: str) -> int:
-    """Blocks in both halves. Raises GenkitError where they differ or there are none."""
+    """Blocks in both halves. Raises GenkitError where they differ."""
     before, behind = count(state, "in_blocks.{}."), count(state, "out_blocks.{}.")
-    if before != behind or not before:
+    if before != behind:
         raise GenkitError(
             f"these weights are not those of {what}: {before} blocks before the middle and {behind} behind it"
         )
