@@ -60,6 +60,20 @@ def test_the_importer_reads_every_form_of_a_stage(options, is_dense):
         importer.stage(state, num_heads=2, window=8, dilation=2, is_dense=is_dense)
 
 
+def test_another_scale_of_the_scores_goes_into_the_queries():
+    torch.manual_seed(0)
+    tree = octree()
+    x = torch.randn(tree.count_occupied(DEPTH), DIM)
+    state = exported(OctFormerStage(DIM, 2, 2, window=8, dilation=2))
+    options = {"num_heads": 2, "window": 8, "dilation": 2}
+    usual = importer.stage(state, **options)
+    told = importer.stage(state, **options, qk_scale=(DIM / 2) ** -0.5)
+    torch.testing.assert_close(told(x, tree, DEPTH), usual(x, tree, DEPTH))
+    flat = importer.stage(state, **options, qk_scale=0.0)
+    assert not flat[0].attention.qkv.weight[:DIM].any()
+    assert torch.equal(flat[0].attention.qkv.weight[DIM:], usual[0].attention.qkv.weight[DIM:])
+
+
 def test_the_depthwise_positions_weigh_every_channel_by_itself():
     torch.manual_seed(0)
     tree = octree()

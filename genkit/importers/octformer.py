@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -25,9 +26,19 @@ RULES: Rules = (
 
 
 def stage(
-    state: Mapping[str, Tensor], *, num_heads: int, window: int, dilation: int, is_dense: bool = False
+    state: Mapping[str, Tensor],
+    *,
+    num_heads: int,
+    window: int,
+    dilation: int,
+    is_dense: bool = False,
+    qk_scale: float | None = None,
 ) -> OctFormerStage:
-    """State dict of an OctFormerStage -> our stage in evaluation mode. Widths, depth and the table are read from the weights."""
+    """State dict of an OctFormerStage -> our stage in evaluation mode. Widths, depth and the table are read from the weights.
+
+    Args:
+        qk_scale: of the scores where it is not K^-1/2; it goes into the weights of the queries.
+    """
     dim = shape(state, "blocks.0.norm1.weight", WHAT)[0]
     is_depthwise = _DEPTHWISE[0].format(0) in state
     network = OctFormerStage(
@@ -47,6 +58,14 @@ def stage(
     if is_depthwise:
         laid_out |= {
             key: value.movedim(2, 0)[..., None] for key, value in state.items() if key.endswith(".cpe.conv.weights")
+        }
+    if qk_scale is not None:
+        factor = torch.ones(3 * dim)
+        factor[:dim] = qk_scale * math.sqrt(dim / num_heads)
+        laid_out |= {
+            key: value * factor.view(-1, *[1] * (value.ndim - 1))
+            for key, value in state.items()
+            if key.rpartition(".")[0].endswith("attention.qkv")
         }
     laid_out |= {key: value.clone() for key, value in laid_out.items() if torch.is_tensor(value) and value.ndim == 0}
     conv = (r"(\d+)\.positions\.conv\.weight", _DEPTHWISE if is_depthwise else _GROUPED)
