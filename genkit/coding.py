@@ -245,12 +245,17 @@ def entropy(images: Iterable[Ints], codebook_size: int) -> float:
 
 def _encode_images(pipeline: Any, tokenizer: Any, images: str, batch_size: int, *, pad: bool, fit: bool) -> _Encoded:
     found = _Encoded()
+    channels = tokenizer.config["image_channels"]
+    if channels not in (1, 3):
+        raise UsageError(
+            f"this tokenizer takes grids of vectors of {channels} numbers, no images; use its encode and decode from Python (genkit.AutoTokenizer)"
+        )
     with pictures.as_folder(Path(images)) as folder:
         keys = scan(str(folder))
         readable = pictures.read(
             folder,
             keys,
-            channels=tokenizer.config["image_channels"],
+            channels=channels,
             multiple=getattr(tokenizer, "region", tokenizer.stride),
             size=_image_shape(pipeline)[1:] if fit else None,
             pad=pad,

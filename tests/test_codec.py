@@ -765,6 +765,16 @@ def test_what_is_no_codes_file_is_one_line(runs, tmp_path, name):
         coding.decode(runs.vq, str(path), str(tmp_path), lose=2)
 
 
+def test_ids_outside_the_codebook_are_named(runs, photos, tmp_path):
+    path = tmp_path / "x.npz"
+    coding.encode(runs.vq, str(photos), str(path), fit=True)
+    stored = dict(np.load(path))
+    stored["ids"][0, 0, 0, 0] = 64
+    np.savez(path, **stored)
+    with pytest.raises(GenkitError, match=r"ids lie in \d+..64, but the codebook has 64 codes, from 0 on"):
+        coding.decode(runs.vq, str(path), str(tmp_path))
+
+
 def test_a_file_takes_little_beside_its_ids(runs, photos, tmp_path):
     found = coding.encode(runs.vq, str(photos / "a.png"), str(tmp_path / "x.gtk"))
     assert found["bytes"] < 80

@@ -102,6 +102,18 @@ def test_what_weights_do_not_show_has_to_be_told(tmp_path):
     assert "looked for _codebook.embed" in refused(tmp_path, {"encoder.weight": torch.ones(3)})
 
 
+def test_images_are_not_for_it(tmp_path):
+    from PIL import Image
+
+    from genkit import coding
+
+    torch.save(original("LFQ", {"codebook_size": 16, "dim": 6}).state_dict(), tmp_path / "state.pt")
+    import_weights(tmp_path / "state.pt", NAME, tmp_path / "out")
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(UsageError, match="takes grids of vectors of 6 numbers, no images"):
+        coding.encode(str(tmp_path / "out"), str(tmp_path / "a.png"), str(tmp_path / "x.gtk"))
+
+
 def test_a_check_against_the_original_finds_wrong_options(tmp_path, monkeypatch):
     from genkit.importers import vector_quantize_pytorch as importer
 

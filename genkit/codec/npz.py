@@ -57,8 +57,10 @@ def read(path: str) -> dict[str, Any]:
             )
         ids = found["ids"].astype(np.int64, casting="safe")
         size = int(found["codebook_size"])
-        if ids.ndim < 3 or not len(ids) or len(found["names"]) != len(ids) or ids.min() < 0 or ids.max() >= size:
-            raise ValueError("ids, names and codebook_size do not belong together")
+        if ids.ndim < 3 or not len(ids) or len(found["names"]) != len(ids):
+            raise ValueError(f"ids are {list(ids.shape)}, names {len(found['names'])}")
+        if ids.min() < 0 or ids.max() >= size:
+            raise ValueError(f"ids lie in {ids.min()}..{ids.max()}, but the codebook has {size} codes, from 0 on")
         return {
             "ids": ids,
             "names": [str(name) for name in found["names"]],
