@@ -20,7 +20,6 @@ from torch import Tensor, addcmul, nn
 from genkit.errors import UsageError
 from genkit.interfaces import ATTEND, BLOCKS, Cache, Cond, Layout
 from genkit.mixers.attention import Attention
-from genkit.nn.linear_map import Projection
 from genkit.mixers.mamba import Mamba, SelectiveScan
 from genkit.nn.adaln import AdaLNBlock, AdaLNHead, init_zero
 from genkit.nn.attend import attend
@@ -29,6 +28,7 @@ from genkit.nn.drop_path import DropPath
 from genkit.nn.gated_mlp import GatedMLP
 from genkit.nn.grid_positions import GridPositions
 from genkit.nn.layout import dense_layout
+from genkit.nn.linear_map import Projection
 from genkit.nn.norm import RMSNorm
 from genkit.nn.patch import PatchSize, patch_sides, patchify, token_grid, token_layout, unpatchify
 from genkit.nn.scan_orders import ScanOrder
