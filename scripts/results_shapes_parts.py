@@ -43,6 +43,7 @@ SHAPES, POINTS, CELLS = 24, 512, 64
 # Steps of the two depths; the last reveals one token at a time wherever a shape has no more tokens than steps.
 STEPS = ([1, 1], [3, 6], [12, 24], [24, 48], [64, 400])
 GUIDANCE = (1.0, 2.0, 3.0)
+DEPTHS = (5, 6, 7)  # of surfaces
 JUDGED = 96  # samples whose class is asked for
 # The dense model: distances cut to this, on a grid of SIDE^3 in patches of PATCH^3.
 CUT, SIDE, PATCH, DENSE_STEPS = 0.1, 32, 4, 18
@@ -65,6 +66,7 @@ def by_depth(runs: Path) -> dict[str, Any]:
     pipeline = open_run(runs / TOKENIZER)
     tokenizer, dataset = pipeline.tokenizer, held_out(pipeline)
     rows: dict[str, list[dict[str, float]]] = {}
+    of_class: dict[str, list[dict[str, float]]] = {}
     tokens = 0
     pairs: list[list[Mesh]] = [[], []]
     for i in range(SHAPES):
@@ -86,7 +88,7 @@ def by_depth(runs: Path) -> dict[str, Any]:
                 }
             rows.setdefault(f"depth {d}", []).append(found)
         name = dataset.info.class_names[i % len(dataset.info.class_names)]
-        rows.setdefault(f"depth {tokenizer.depth}, {name}", []).append(found)
+        of_class.setdefault(f"depth {tokenizer.depth}, {name}", []).append(found)
         pairs[0].append(mesh)
         mesh = dataset.mesh(i, CELLS)
         pairs[1].append(mesh)
@@ -97,7 +99,8 @@ def by_depth(runs: Path) -> dict[str, Any]:
     sheet = contact_sheet([m for side in pairs for m in side[:6]], columns=6, size=160, row_names=["decoded", "true"])
     write_png(runs / "shapes-decoded.png", sheet)
     means = {
-        name: {key: mean([row[key] for row in some if key in row]) for key in some[-1]} for name, some in rows.items()
+        name: {key: mean([row[key] for row in some if key in row]) for key in some[-1]}
+        for name, some in (rows | of_class).items()
     }
     return {"rows": means, "tokens": tokens / SHAPES, **counters(pipeline)}
 
@@ -206,7 +209,7 @@ def dense(runs: Path) -> dict[str, Any]:
     def net(side: int) -> DiT:
         mixer = {"type": "attention", "num_heads": 4, "qk_norm": False, "rope": False}
         return DiT(
-            channels=1, num_classes=len(names), grid=(side,) * 3, dim=104, depth=4, patch_size=PATCH, mixer=mixer
+            channels=1, num_classes=len(names), grid=(side,) * 3, dim=112, depth=4, patch_size=PATCH, mixer=mixer
         )
 
     model, objective, layout = net(SIDE), Flow(cond_drop=0.1), dense_layout((SIDE,) * 3)
@@ -299,7 +302,7 @@ def by_size(runs: Path) -> dict[str, Any]:
     points = make("data", data).__getitems__([0])["points"][0]
     own = dict(pipeline.backbone.config)
     rows = {}
-    for depth in (5, 6, 7):
+    for depth in DEPTHS:
         torch.manual_seed(0)
         sizes = {"code_depth": depth - 2, "max_depth": None, "num_scales": None}
         model = OctGPT(**{key: value for key, value in own.items() if key[0] != "_"} | sizes).eval()
