@@ -104,7 +104,19 @@ class Sampler(_Section):
 
 
 FIXED: dict[str, type[_Section]] = {"train": Train, "log": Log}
-SECTIONS = ("name", "extends", "data", "tokenizer", "backbone", "condition", "objective", "sampler", "metrics", "train", "log")
+SECTIONS = (
+    "name",
+    "extends",
+    "data",
+    "tokenizer",
+    "backbone",
+    "condition",
+    "objective",
+    "sampler",
+    "metrics",
+    "train",
+    "log",
+)
 # Keys that may differ when a run is continued: they change what is written, not what is computed.
 FREE = ("log.", "train.num_workers", "train.micro_batch_size", "extends")
 

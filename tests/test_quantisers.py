@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from genkit import registry
 from genkit.errors import GenkitError, UsageError
-from genkit.importers import vector_quantize_pytorch_tables as tables
 from genkit.importers import vector_quantize_pytorch_fixed as fixed
+from genkit.importers import vector_quantize_pytorch_tables as tables
 from genkit.kernels.nearest_code import chunked
 from genkit.nn import index_backprop
 from genkit.nn.binary import BinaryQuantizer
