@@ -10,6 +10,7 @@ from genkit.errors import GenkitError, UsageError
 from genkit.guidance import Guidance, guide
 from genkit.importers import octgpt as importer
 from genkit.nn.sphere import BinarySphere
+from genkit.nn.text import bytes_of
 from genkit.objectives.octree_masked import OctreeMasked
 from genkit.octree import build
 from genkit.octree.tokens import OctreeTokens, samples_of, splits_of
@@ -137,6 +138,31 @@ def test_a_condition_of_tokens_reaches_its_own_shape_alone(context):
         model(tokens, known, {})
     with pytest.raises(UsageError, match="do not fit a buffer of 5"):
         model(tokens, known, {"context": torch.zeros(3, 6, 8)})
+
+
+def test_captions_are_read_dropped_and_guided_away_from():
+    model, tokens = tiny(num_classes=0, text_length=6, buffer=6, embed_std=0.5), shapes()
+    owner = samples_of(tokens.octree)
+    known = torch.zeros(len(owner), dtype=torch.bool)
+    text = bytes_of(["chair", "a mug", ""], 6)
+    before = model(tokens, known, {"text": text})[0]
+    after = model(tokens, known, {"text": bytes_of(["chair", "a car", ""], 6)})[0]
+    changed = (before != after).any(1)
+    assert owner[: len(before)][changed].unique().tolist() == [1]
+    told = []
+    objective = OctreeMasked(cond_drop=1.0)
+    objective(
+        lambda x, known, cond: told.append(cond) or model(x, known, cond), tokens, {"text": text}, None, Rng.at(0, 0, 3)
+    )
+    assert not told[0]["text"].any()
+    plain, guided = (objective.guided(model, {"text": text}, Guidance(strength)) for strength in (1.0, 3.0))
+    for grow in (plain, guided):
+        grow.begin(grow.start())
+    values, known = torch.full((len(plain.samples),), -1), torch.zeros(len(plain.samples), dtype=torch.bool)
+    moved = (plain.logits(values, known) != guided.logits(values, known)).any(1)
+    assert plain.samples[moved].unique().tolist() == [0, 1], "a shape without a caption is guided nowhere"
+    with pytest.raises(UsageError, match="one or the other"):
+        tiny(text_length=6, context_dim=8)
 
 
 def test_training_reaches_every_parameter_and_depends_on_no_batch_mate():
