@@ -124,7 +124,7 @@ def of_dense(found: Mapping[str, Any]) -> str:
         "OctGPT, 12 + 24 steps": found["by steps"]["rows"]["12 + 24"],
         f"dense, {parts.DENSE_STEPS} steps of Heun's": own["row"],
     }
-    return f"{told}\n\n" + _sampled(rows, "model")
+    return f"{told}\n\n{_sampled(rows, 'model')}\n\n![Samples of the dense model, one row per class](shapes-dense.png)"
 
 
 def _sampled(rows: Mapping[str, Mapping[str, float]], first: str) -> str:
