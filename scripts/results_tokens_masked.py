@@ -234,8 +234,9 @@ def curve(found: dict[str, Any]) -> None:
     """Distance over speed: light steps, and fewer steps that are all full."""
     require("matplotlib").use("agg")
     figure = require("matplotlib.figure").Figure(figsize=(8, 3), layout="constrained")
-    for number, host in enumerate(RUNS, 1):
-        panel = figure.add_subplot(1, 2, number)
+    measured = [host for host in RUNS if taken(found, f"fd {host} 0 0")]
+    for number, host in enumerate(measured, 1):
+        panel = figure.add_subplot(1, len(measured), number)
         speed = found.get(f"speed {host} 256", {})
         light = [(speed.get(f"{a} {c}"), f"fd {host} {a} {c}") for a, c in SETTINGS]
         fewer = [(1.0, f"fd {host} 0 0")] + [(FD_STEPS / s, f"fd {host} {s} steps") for s in (8, 4)]
