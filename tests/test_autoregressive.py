@@ -764,4 +764,12 @@ def test_a_generator_is_trained_sampled_and_told_texts(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"tokenizer\.from is a vq"):
         train(recipe | {"name": "scales", "objective": {"type": "next_scale"}, "backbone": recipe["backbone"]})
     with pytest.raises(UsageError, match="needs a tokenizer that codes so"):
-        train(recipe | {"name": "var", "condition": {"type": "label"}, "objective": {"type": "next_scale"}, "backbone": {"type": "var"}})
+        train(
+            recipe
+            | {
+                "name": "var",
+                "condition": {"type": "label"},
+                "objective": {"type": "next_scale"},
+                "backbone": {"type": "var"},
+            }
+        )
