@@ -56,7 +56,7 @@ SEEDS = (0, 1, 2)
 REPEATED = ("dit", "dimsum")  # the models of which every seed is trained; of the others the first
 SAMPLES, EVERY, BATCH = 16_000, 100, 32  # images seen by each model, steps between its checkpoints, images per step
 LINE = 50  # steps to a line of metrics, as in the recipes
-EMOJI, EMOJI_RECIPE = "emoji-dit", "toy/dit-kl-emoji"
+EMOJI, EMOJI_RECIPE, EMOJI_PICTURE = "emoji-dit", "toy/dit-kl-emoji", RESULTS / "diffusion-emoji-dit.png"
 
 
 def runs() -> dict[str, tuple[str, list[str]]]:
@@ -266,8 +266,8 @@ def draw(folder: Path) -> None:
     for model in MODELS:
         if finished(folder, run_name(model, SEEDS[0])):
             picture(folder / run_name(model, SEEDS[0]), RESULTS / f"diffusion-{model}.png", 10)
-    if finished(folder, EMOJI):
-        picture(folder / EMOJI, RESULTS / "diffusion-emoji-dit.png", 12)
+    if (folder / EMOJI / "checkpoints/last").exists():
+        picture(folder / EMOJI, EMOJI_PICTURE, 12)
     measured = Store(folder / "measured.json").values
     if curves := {model: found for model in MODELS if (found := curve(measured, model))}:
         plot_curves(RESULTS / "diffusion-convergence.png", curves)
@@ -385,7 +385,7 @@ def tables(folder: Path, measured: dict[str, Any]) -> dict[str, str]:
             [row for model in MODELS if (row := final(folder, measured, model))],
         ),
         "d": table(("sampler", "effort", "calls per sample", "FD, N=500", "CPU s"), steps),
-        "emoji": "*Not measured yet.*" if drawn is None else emoji_table(drawn),
+        "emoji": ("*Not measured yet.*" if drawn is None else emoji_table(drawn)) + emoji_caption(folder / EMOJI),
         "floor": "*Not measured yet.*"
         if least is None
         else f"{least['images']:.2f} for the images themselves, {least['rebuilt']:.2f} for what the tokenizer makes of them.",
@@ -405,6 +405,16 @@ def emoji_table(found: dict[str, float]) -> str:
         )
     ]
     return table(("", "FD to the training images", "AuthPct", "share of near-copies"), rows)
+
+
+def emoji_caption(run: Path) -> str:
+    """The picture, and how long the model that drew it has been trained."""
+    if not EMOJI_PICTURE.exists():
+        return ""
+    seen = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["samples"]
+    planned = config.resolve(recipes.resolve(EMOJI_RECIPE), [], None)["train"]["num_samples"]
+    when = f"{seen:,} images" if seen >= planned else f"{seen:,} of its {planned:,} images, stopped"
+    return f"\n\n![Twelve samples of each class]({EMOJI_PICTURE.name})\n\n*DiT after {when}; twelve samples of each class, none chosen.*"
 
 
 def numbers(values: Sequence[float], digits: int = 2) -> str:
