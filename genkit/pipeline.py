@@ -70,8 +70,9 @@ class GeneratorPipeline(DiffusionPipeline):
         objective, sampler: checked specs of the parts that turn the backbone into a predictor and call it.
         grid: tokens along each axis of a generated sample.
         class_names: one per class; empty for an unconditional model.
-        condition: checked spec of what the backbone is told; None = the class.
         run_config: resolved config of the run, for the record.
+        condition: checked spec of what the backbone is told; None = the class.
+        told: the part that it makes, where the caller has it already.
     """
 
     tokenizer: Any
@@ -86,8 +87,8 @@ class GeneratorPipeline(DiffusionPipeline):
         sampler: dict | None = None,
         grid: list = [],  # noqa: B006
         class_names: list = [],  # noqa: B006
-        condition: dict | None = None,
         run_config: dict | None = None,
+        condition: dict | None = None,
         told: Any = None,
     ):
         super().__init__()
@@ -99,8 +100,8 @@ class GeneratorPipeline(DiffusionPipeline):
             sampler=sampler,
             grid=list(grid),
             class_names=list(class_names),
-            condition=condition,
             run_config=run_config,
+            condition=condition,
         )
         self.objective: dict[str, Any] = objective
         self.sampler: dict[str, Any] = sampler

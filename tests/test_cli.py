@@ -219,12 +219,15 @@ def test_sample_passes_its_options(stub, capsys):
     stub("genkit.sampling", sample=sample)
     words = "sample runs/x -n 4 --labels 0-9 --seed 7 --steps 3 --guidance 1.5 -o o --raw --batch-size 2 --device cpu"
     words += " --size 48x64 --rope ntk --rope-gain paper --rope-longest --known a.png --keep left"
-    words += " --format glb --resolution 32 --turntable"
+    words += (
+        " --format glb --resolution 32 --turntable --caption red --caption blue --database my/photos --classes bag,boot"
+    )
     assert cli.main([*words.split(), "--sampler", "type=heun", "reuse.type=skip_blocks"]) == 0
     settings = {"count": 4, "labels": "0-9", "seed": 7, "steps": 3, "guidance": 1.5, "out": "o"}
     settings["sampler"] = ["type=heun", "reuse.type=skip_blocks"]
     settings |= {"size": "48x64", "rope": {"method": "ntk", "gain": "paper", "per_axis": False}}
     settings |= {"known": "a.png", "keep": "left", "format": "glb", "resolution": 32, "turntable": True}
+    settings |= {"captions": ["red", "blue"], "database": "my/photos", "classes": "bag,boot"}
     assert calls == [("runs/x", {**settings, "ema": False, "batch_size": 2, "device": "cpu"})]
     assert "1 min 01 s" in capsys.readouterr().out
 

@@ -84,7 +84,7 @@ def fails(words: list[str], message: str, capsys, code: int = 2) -> None:
         ("flow", ["--guidance", "-1"], "guidance -1 must be at least 0"),
         ("flow", ["-n", "0"], "-n 0: at least one sample is needed"),
         ("flow", ["--rope", "ntk"], "DiT has no rotary positions that could be extrapolated...the backbone fit has"),
-        ("fit", ["--rope", "ntkk"], "rope method ntkk is none of plain, interpolate, ntk, ntk_by_parts, yarn"),
+        ("fit", ["--rope", "ntkk"], "rope method ntkk is none of none, plain, interpolate, ntk, ntk_by_parts, yarn"),
         ("fit", ["--rope-gain", "much"], "rope gain much is none of none, paper, release"),
         ("fit", ["--rope", "yarn", "--rope-gain", "paper"], "rope_gain=paper goes neither with rope=yarn"),
         ("chain", ["--sampler", "type=ancestral", "variance=learned"], "this model has no variances...use small or large"),

@@ -30,5 +30,5 @@ def test_logits_and_greedy_words_equal_those_of_transformers():
 
 def test_every_case_names_its_peer():
     names = [case.peer_name for case in suite["cases"](True)]
-    assert len(names) == 4
+    assert len(names) == 2  # batch 1 and 16, with the faster of the peer's caches
     assert all("LlamaForCausalLM" in name for name in names)
