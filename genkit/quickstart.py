@@ -14,7 +14,7 @@ RECIPES = Path(__file__).parent / "configs" / "toy"
 IMAGES_PER_CLASS = 10
 EVALUATED = 1000
 SHAPES = 24  # in the contact sheet
-SHAPES_EVALUATED = 48
+SHAPES_EVALUATED = 24
 # What is made -> recipe of the tokenizer, recipe of the generator, its classes; the runs are called like the recipes.
 LINES = {"images": ("vq-fashion", "masked-fashion", 10), "shapes": ("octree-shapes", "octgpt-shapes", 6)}
 
