@@ -181,24 +181,22 @@ def draw(found: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8.5, 4.5))
-    for i, suite in enumerate(SUITES):
-        curves: dict[str, list[tuple[int, float, float | None]]] = {}
-        for row in found["suites"].get(suite, []):
-            tokens = re.search(r"N ?=? ?(\d+)|\[2, (\d+), 384\]|(\d+) nodes", row["case"])
-            is_forward = not re.search(
-                "backward|gradient|time of|convolution|conv|aaren|copy|matmul", row["case"] + row["peer"]
-            )
-            if tokens and is_forward and row["peer_s"]:
-                number = int(next(group for group in tokens.groups() if group))
-                curves.setdefault(row["peer"], []).append((number, row["ours_s"], row["peer_s"]))
-        for style, (peer, points) in zip(("--", ":", "-."), curves.items(), strict=False):
-            points = sorted(set(points))
-            tokens_at = [point[0] for point in points]
+    # operation -> peer -> (tokens, our seconds, the peer's)
+    curves: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
+    for row in (row for suite in SUITES for row in found["suites"].get(suite, [])):
+        tokens = re.search(r"N ?=? ?(\d+)|\[2, (\d+), 384\]|(\d+) nodes", row["case"])
+        is_other = re.search("backward|gradient|time of|conv|aaren|matmul", row["case"] + row["peer"])
+        if tokens and not is_other and row["peer_s"]:
+            operation = re.split(r"[, ]+(?:N|B\d|M\d|forward)", row["case"])[0]
+            number = int(next(group for group in tokens.groups() if group))
+            point = (number, row["ours_s"], row["peer_s"])
+            curves.setdefault(operation, {}).setdefault(row["peer"], []).append(point)
+    for i, (operation, by_peer) in enumerate(curves.items()):
+        for style, (peer, points) in zip(("--", ":", "-."), by_peer.items(), strict=False):
+            at, ours, theirs = zip(*sorted(points), strict=True)
             if style == "--":
-                axes.plot(tokens_at, [p[1] * 1e3 for p in points], "o-", color=f"C{i}", label=suite)
-            axes.plot(
-                tokens_at, [p[2] * 1e3 for p in points if p[2]], style, color=f"C{i}", alpha=0.6, label=f"  {peer}"
-            )
+                axes.plot(at, [1e3 * s for s in ours], "o-", color=f"C{i}", label=operation)
+            axes.plot(at, [1e3 * s for s in theirs], style, color=f"C{i}", alpha=0.6, label=f"  {peer}")
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms per forward pass")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.grid(alpha=0.3)
