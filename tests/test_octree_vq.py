@@ -423,7 +423,7 @@ def test_the_whole_line_of_shapes(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "picture", lambda mesh, size: torch.zeros(3, size, size))  # shading takes long
     monkeypatch.setattr(OctreeVQ.meshes, "__defaults__", (16, 0.002))
     found = quickstart.quickstart(what="shapes", out=tmp_path / "runs")
-    assert measured == [("octree-shapes", 48), ("octgpt-shapes", 48)]
+    assert measured == [("octree-shapes", quickstart.SHAPES_EVALUATED), ("octgpt-shapes", quickstart.SHAPES_EVALUATED)]
     assert (tmp_path / "runs/quickstart-shapes-samples/grid.png").is_file()
     assert "train generator" in quickstart.render(found)
     assert quickstart.quickstart(what="shapes", out=tmp_path / "runs") == found
