@@ -16,7 +16,7 @@ import io
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pages import Store, fill, table
 from PIL import Image
 from torch import Tensor
 
@@ -140,21 +141,6 @@ def name_of(data: str, kind: str, target: float) -> str:
 def threshold(data: str, share: float) -> float:
     """The entropy that this share of the regions of the training images exceeds, in nats; no less than what is flat to the eye."""
     return max(0.01, round(entropy_threshold(images_of(data, "train"), 2 * FINE[data], share), 4))
-
-
-class Store:
-    """Figures under names, in a JSON file: what is there is not measured again."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        if name not in self.values:
-            print("measure", name, flush=True)
-            self.values[name] = measure()
-            self.path.write_text(json.dumps(self.values, indent=1) + "\n")
-        return self.values[name]
 
 
 # Training
@@ -441,16 +427,10 @@ def plot(path: Path, found: dict[str, dict[str, list[dict[str, float]]]]) -> Non
 
 def page(out: Path) -> None:
     """Write every table between its two marks in docs/results/tokenizers.md."""
-    measured = Store(out / "measured.json").values
-    text = PAGE.read_text(encoding="utf-8")
-    for name, lines in tables(out, measured).items():
-        before, mark, after = text.partition(f"<!-- {name} -->\n")
-        assert mark, f"{PAGE} has no place for the table {name}"
-        text = before + mark + "\n".join(lines) + "\n" + after[after.index("<!-- end -->") :]
-    PAGE.write_text(text, encoding="utf-8")
+    fill(PAGE, tables(out, Store(out / "measured.json").values))
 
 
-def tables(out: Path, measured: dict[str, Any]) -> dict[str, list[str]]:
+def tables(out: Path, measured: dict[str, Any]) -> dict[str, str]:
     found = {}
     for data in DATA:
         names = [name for name in (*EQUAL, *OTHERS) if finished(out, f"{data}-{name}")]
@@ -487,13 +467,6 @@ def tables(out: Path, measured: dict[str, Any]) -> dict[str, list[str]]:
     return found
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    if not rows or len(head) == 1:
-        return ["*Not measured yet.*"]
-    lines: list[Sequence[str]] = [head, tuple("---" if i == 0 else "---:" for i in range(len(head))), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
 def _line(out: Path, data: str, name: str) -> tuple[str, ...]:
     report = evaluation(out, f"{data}-{name}")
     tokenizer = open_run(out / f"{data}-{name}").tokenizer
@@ -513,7 +486,7 @@ def _usage(out: Path, name: str) -> tuple[str, str]:
     return f"{100 * last['usage']:.1f} %", f"{100 * evaluation(out, name)['codebook usage']:.1f} %"
 
 
-def _grains(out: Path, data: str, measured: dict[str, Any]) -> list[str]:
+def _grains(out: Path, data: str, measured: dict[str, Any]) -> str:
     rows = []
     fixed = measured.get(f"{data}-fixed codes")
     for name in GRAINS:
@@ -535,7 +508,7 @@ def _grains(out: Path, data: str, measured: dict[str, Any]) -> list[str]:
     return table(("tokenizer", "codes per image", "of the fixed", "PSNR, dB", "SSIM", "rFD"), rows)
 
 
-def _rates(curves: dict[str, list[dict[str, float]]]) -> list[str]:
+def _rates(curves: dict[str, list[dict[str, float]]]) -> str:
     """Our points, and each peer at the same bits per pixel, read off between its own points."""
     peers = ("JPEG, one sheet", "WEBP, one sheet")
     rows = []
