@@ -170,6 +170,9 @@ class Condition(Protocol):
         self, labels: Tensor, rng: Rng, *, texts: Sequence[str] | None = None, database: Any = None
     ) -> Cond: ...
     def names(self, database: Any = None) -> tuple[str, ...]: ...  # of what labels of a request mean
+    def classes(
+        self, database: Any = None
+    ) -> list[int]: ...  # labels that a request can be answered for, in turn where it names none
 
 
 class Objective(Protocol):

@@ -382,10 +382,11 @@ def draw(job: Job) -> None:
             picture = images.grid(rows, columns=len(x), row_names=("image", "reconstruction", "|difference|"))
         else:
             pipeline = pipeline_of(job)
-            classes = pipeline.num_classes
-            labels = torch.arange(count) % classes if classes else torch.full((count,), -1)
+            labels = pipeline.each_class(0, count)
             seeds = sample_seeds(job.config["train"]["seed"], 0, count)
-            picture = images.grid(pipeline.generate(labels, seeds), columns=min(count, classes or 10))
+            picture = images.grid(
+                pipeline.generate(labels, seeds), columns=min(count, len(labels[labels >= 0].unique()) or 10)
+            )
             record |= {"labels": labels.tolist(), "seeds": seeds, "sampler": job.config["sampler"]}
     images.write_png(path, picture)
     files.write_json(path.with_suffix(".json"), record)

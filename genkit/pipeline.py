@@ -117,6 +117,11 @@ class GeneratorPipeline(DiffusionPipeline):
         """Classes that labels count: those of the database where it is told neighbours."""
         return len(self.told.names())
 
+    def each_class(self, first: int, last: int) -> Tensor:
+        """[last - first] int64: sample i is of the i-th class that it can be of, over and over; -1 where there are none."""
+        classes = torch.tensor(self.told.classes() or [-1])
+        return classes[torch.arange(first, last) % len(classes)]
+
     @property
     def told(self) -> Any:
         """What makes the condition of a request (genkit.interfaces.Condition)."""
@@ -363,7 +368,7 @@ class GeneratorPipeline(DiffusionPipeline):
     def _labels(self, labels: Sequence[int | str] | Tensor | None, count: int | None) -> Tensor:
         if labels is None:
             count = 1 if count is None else count
-            return torch.arange(count) % self.num_classes if self.num_classes else torch.full((count,), -1)
+            return self.each_class(0, count)
         chosen = [
             class_number(label, self.class_names)
             for label in (labels.tolist() if isinstance(labels, Tensor) else labels)

@@ -105,7 +105,10 @@ def sample(
     class_names = pipeline.told.names(neighbours)
     if captions and labels is not None:
         raise UsageError("--caption and --labels both say what to draw; give one of them")
-    chosen = [-1] if captions else parse_labels(labels, class_names)
+    if captions or labels is None:
+        chosen = [-1] if captions else pipeline.told.classes(neighbours) or [-1]
+    else:
+        chosen = parse_labels(labels, class_names)
     count = len(captions or chosen) if count is None else count
     if count < 1:
         raise UsageError(f"-n {count}: at least one sample is needed")

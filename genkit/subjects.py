@@ -135,7 +135,7 @@ def _of_pipeline(pipe: Any, sampling: Sampling, weights: str | None) -> Subject:
 
 def _of_generator(pipe: Any, config: dict[str, Any], sampling: Sampling, weights: str | None) -> Subject:
     """Sample i has the class i mod num_classes, or one drawn by its own seed."""
-    classes = pipe.num_classes
+    classes = pipe.told.classes() if hasattr(pipe, "told") else range(pipe.num_classes)
 
     size = None if sampling.size is None else parse_size(sampling.size)
     data = config["data"] if size is None else sources.at_size(config["data"], size)
@@ -148,9 +148,9 @@ def _of_generator(pipe: Any, config: dict[str, Any], sampling: Sampling, weights
         if not classes:
             label = torch.full((last - first,), -1)
         elif sampling.labels == "random":
-            label = Rng(seeds).fork("label").integers(classes, 1)[:, 0]
+            label = torch.tensor(classes)[Rng(seeds).fork("label").integers(len(classes), 1)[:, 0]]
         else:
-            label = torch.arange(first, last) % classes
+            label = torch.tensor(classes)[torch.arange(first, last) % len(classes)]
         fake = pipe.generate(label, seeds, steps=sampling.steps, guidance=sampling.guidance, **asked, **changes)
         return {"fake": fake, "label": label}
 

@@ -276,6 +276,23 @@ def test_a_database_is_swapped_after_training(here, capsys):
     assert [row["class"] for row in rows] == ["cat", "dog", "cat", "dog"]
     assert main(["database", "runs/neighbours", "fashion:val", "--classes", "bag,coat", "-o", "two.safetensors"]) == 0
     assert main(["sample", "runs/neighbours", "--database", "two.safetensors", "--labels", "coat", "-q"]) == 0
+    # Classes that the database has no entry of are not asked for.
+    words = [
+        "sample",
+        "runs/neighbours",
+        "--database",
+        "fashion:val",
+        "--classes",
+        "bag,coat",
+        "-n",
+        "3",
+        "-o",
+        "two",
+        "-q",
+    ]
+    assert main(words) == 0
+    rows = json.loads((here / "two/samples.json").read_text())["samples"]
+    assert [row["class"] for row in rows] == ["coat", "bag", "coat"]
     capsys.readouterr()
 
 

@@ -82,6 +82,9 @@ class Captions:
     def names(self, database: Any = None) -> tuple[str, ...]:
         return self.class_names
 
+    def classes(self, database: Any = None) -> list[int]:
+        return list(range(len(self.class_names)))
+
     def _of_class(self, label: int) -> str:
         return self.class_names[label] if label >= 0 else ""
 

@@ -153,6 +153,11 @@ class Database:
     def __len__(self) -> int:
         return len(self.vectors)
 
+    def classes(self) -> list[int]:
+        """Labels of which there is an entry, rising; those without a name do not count."""
+        found = [] if self.labels is None else self.labels.unique().tolist()
+        return [label for label in found if 0 <= label < len(self.class_names)]
+
     def of_classes(self, classes: Iterable[int]) -> Database:
         """The entries of some classes alone. Raises UsageError without labels, or when nothing is left."""
         if self.labels is None:

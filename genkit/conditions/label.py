@@ -37,3 +37,6 @@ class Label:
 
     def names(self, database: Any = None) -> tuple[str, ...]:
         return self.class_names
+
+    def classes(self, database: Any = None) -> list[int]:
+        return list(range(len(self.class_names)))

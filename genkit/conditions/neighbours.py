@@ -151,3 +151,6 @@ class Neighbours:
 
     def names(self, database: Database | None = None) -> tuple[str, ...]:
         return (self.database if database is None else database).class_names
+
+    def classes(self, database: Database | None = None) -> list[int]:
+        return (self.database if database is None else database).classes()
