@@ -26,7 +26,7 @@ LAYERS = (
 RANK = {folder: rank for rank, folders in enumerate(LAYERS) for folder in folders}
 # What stands above all parts. (`genkit.pipeline` and `genkit.registry` are reached through words, not through imports.)
 TOP = {
-    "cli", "training", "sampling", "evaluation", "quickstart", "caching", "coding", "launch", "show", "bench",
+    "cli", "verbs", "training", "sampling", "evaluation", "quickstart", "caching", "coding", "launch", "show", "bench",
     "importing", "exporting", "comparing", "judging", "subjects", "stats", "job",
 }  # fmt: skip
 

@@ -1,0 +1,22 @@
+"""`genkit bench`."""
+
+from __future__ import annotations
+
+import argparse
+
+from genkit.verbs.answer import Answer
+from genkit.verbs.arguments import argument
+
+ABOUT = "time genkit and named peers side by side"
+ARGUMENTS = (
+    argument("suite", metavar="SUITE"),
+    argument("--quick", action="store_true", help="smaller cases"),
+    argument("--threads", type=int, help="torch threads for both sides"),
+)
+
+
+def run(args: argparse.Namespace) -> Answer:
+    from genkit import bench
+
+    rows = bench.run(args.suite, quick=args.quick, threads=args.threads)
+    return Answer(rows, bench.render(rows))
