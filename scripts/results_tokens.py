@@ -10,13 +10,12 @@ It may be stopped at any time: what is finished is not done again.
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from pages import RESULTS, Store, fill, table
 from PIL import Image
 from torch import Tensor
 
@@ -33,8 +32,7 @@ from genkit.objectives.next_token import NextToken
 from genkit.pipeline import open_run
 from genkit.rng import Rng, sample_seeds
 
-ROOT = Path(__file__).parent.parent
-PAGE, PICTURES = ROOT / "docs/results/tokens.md", ROOT / "docs/results"
+PAGE = RESULTS / "tokens.md"
 SAMPLES, COUNT = 12_800, 1000
 # The same for all: how long, and an average over fewer steps than the recipes'.
 SHORT = {
@@ -108,15 +106,7 @@ def write_eight(folder: Path) -> None:
 
 def measure(out: Path) -> None:
     """Figures that are not there yet; those of the fair table are the reports of the runs themselves."""
-    file = out / "tokens.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-
-    def keep(name: str, make: Any) -> None:
-        if name not in found:
-            print(name, flush=True)
-            found[name] = make()
-            file.write_text(json.dumps(found, indent=1))
-
+    keep = Store(out / "tokens.json").get
     for name in FAIR:
         if finished(out / name):
             if not list((out / name / "eval").glob(f"*-{COUNT}.json")):
@@ -199,7 +189,7 @@ def draw(pipe: Any, database: Database, numbers: range) -> Tensor:
 def picture(pipe: Any, others: Database, name: str) -> str:
     """Samples after the database of training, and after another one."""
     rows = [draw(pipe, database, range(16)) for database in (pipe.told.database, others)]
-    file = PICTURES / f"tokens-{name}.png"
+    file = RESULTS / f"tokens-{name}.png"
     grid(torch.cat(rows), columns=16, row_names=("trained", "swapped")).save(file)
     return file.name
 
@@ -208,18 +198,8 @@ def picture(pipe: Any, others: Database, name: str) -> str:
 
 
 def page(out: Path) -> None:
-    found = json.loads((out / "tokens.json").read_text()) if (out / "tokens.json").exists() else {}
-    parts = {"fair": fair_table(out, found), "told": told_table(found), "swapped": swapped_table(found)}
-    text = PAGE.read_text(encoding="utf-8")
-    for name, content in parts.items():
-        text = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S
-        )
-    PAGE.write_text(text, encoding="utf-8")
-
-
-def lines(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    return "\n".join([f"| {' | '.join(map(str, row))} |" for row in (head, ("---",) * len(head), *rows)])
+    found = Store(out / "tokens.json").values
+    fill(PAGE, {"fair": fair_table(out, found), "told": told_table(found), "swapped": swapped_table(found)})
 
 
 def fair_table(out: Path, found: dict[str, Any]) -> str:
@@ -239,7 +219,7 @@ def fair_table(out: Path, found: dict[str, Any]) -> str:
                 f"`{name}`",
                 f"{budget['parameters'] / 1e6:.2f} M",
                 f"{budget['samples']:,}",
-                budget["num_steps"] or 49,
+                str(budget["num_steps"] or 49),
                 f"{budget['guidance']:g}",
                 f"{of['FD']:.2f}",
                 f"{of['class']:.3f}",
@@ -252,7 +232,7 @@ def fair_table(out: Path, found: dict[str, Any]) -> str:
         if not compared["unfair"]
         else f"NOT the same: {compared['unfair']}"
     )
-    return f"{lines(head, rows)}\n\nBy `genkit eval --compare`: {same}."
+    return f"{table(head, rows)}\n\nBy `genkit eval --compare`: {same}."
 
 
 def told_table(found: dict[str, Any]) -> str:
@@ -264,15 +244,16 @@ def told_table(found: dict[str, Any]) -> str:
     ):
         figures = found.get(f"fd {name} {guidance}")
         if figures is None:
-            rows.append((told, "not measured", guidance, "not measured", ""))
+            rows.append((told, "not measured", str(guidance), "not measured", ""))
             continue
         accuracy = "" if name == "told-nothing" else f"{figures['class']:.3f}"
-        rows.append((told, f"{found[f'parameters {name}'] / 1e6:.2f} M", guidance, f"{figures['FD']:.2f}", accuracy))
+        weights_of = f"{found[f'parameters {name}'] / 1e6:.2f} M"
+        rows.append((told, weights_of, str(guidance), f"{figures['FD']:.2f}", accuracy))
     if "fd withheld" in found:
         rows.insert(
-            1, ("nothing, by a generator that was told classes", "1.47 M", 1, f"{found['fd withheld']['FD']:.2f}", "")
+            1, ("nothing, by a generator that was told classes", "1.47 M", "1", f"{found['fd withheld']['FD']:.2f}", "")
         )
-    text = lines(("told", "parameters", "guidance", "FD", "of the class looked up"), rows)
+    text = table(("told", "parameters", "guidance", "FD", "of the class looked up"), rows)
     if "nll" in found:
         own, others, nothing = (f"{found['nll'][name]:.3f}" for name in ("own", "others", "nothing"))
         text += (
@@ -287,7 +268,7 @@ def swapped_table(found: dict[str, Any]) -> str:
     for name, trained in (("told-neighbours", "all ten classes"), ("told-eight", f"eight, without {two}")):
         shares = [found.get(f"share {name} {said}") for said in ("own", "others")]
         rows.append((trained, *("not measured" if share is None else f"{share:.1%}" for share in shares)))
-    return lines(("trained on", "database of training", f"database of {two}"), rows)
+    return table(("trained on", "database of training", f"database of {two}"), rows)
 
 
 def main() -> None:

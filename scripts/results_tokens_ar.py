@@ -9,13 +9,13 @@ What is measured is kept in OUT: stopped and started again, it goes on with what
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from pages import RESULTS, Store, fill, table
 from torch import Tensor
 
 from genkit import evaluate, train
@@ -29,8 +29,7 @@ from genkit.samplers.autoregressive import Autoregressive
 from genkit.samplers.beam import Beam
 from genkit.samplers.jacobi import Jacobi
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs/results/tokens_ar.md"
+PAGE = RESULTS / "tokens_ar.md"
 COUNT = 1000  # samples that figures are taken from
 FINE = {"tokenizer.stride": 2, "tokenizer.codebook_size": 1024, "train.num_samples": 5000}
 TOKENIZERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -82,17 +81,17 @@ def samples_of(run: Path) -> int:
 
 def measure(out: Path) -> dict[str, Any]:
     """Every figure that can be taken of what is there, those of an earlier call kept."""
-    kept = out / "measured.json"
-    found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    store = Store(out / "measured.json")
     for name, (_, tokenizer, _) in GENERATORS.items():
         samples = samples_of(out / slug(name))
-        if samples and found.get(name, {}).get("samples") != samples:
-            found[name] = figures(out / slug(name), out / tokenizer) | {"samples": samples}
-            kept.write_text(json.dumps(found, indent=2))
-    if samples_of(out / "raster") and "beams" not in found:
-        found["beams"], found["guesses"] = beams(out / "raster"), guesses(out / "raster")
-        kept.write_text(json.dumps(found, indent=2))
-    return found
+        if store.values.get(name, {}).get("samples") != samples:  # trained on since
+            store.values.pop(name, None)
+        if samples:
+            store.get(name, lambda n=name, t=tokenizer, s=samples: figures(out / slug(n), out / t) | {"samples": s})
+    if samples_of(out / "raster"):
+        store.get("beams", lambda: beams(out / "raster"))
+        store.get("guesses", lambda: guesses(out / "raster"))
+    return store.values
 
 
 def figures(run: Path, tokenizer: Path) -> dict[str, Any]:
@@ -203,11 +202,6 @@ def guesses(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
-
-
 def generators(found: dict[str, Any], names: tuple[str, ...]) -> str:
     rows = []
     for name in names:
@@ -221,7 +215,7 @@ def generators(found: dict[str, Any], names: tuple[str, ...]) -> str:
                 f"{v['parameters'] / 1e6:.2f} M",
                 f"{v['samples']:,}",
                 f"{v['ids']:.0f}",
-                v["steps"],
+                str(v["steps"]),
                 f"{v['rfd']:.2f}",
                 f"{v['fd']:.2f}",
                 f"{v['accuracy']:.3f}",
@@ -254,16 +248,11 @@ def page(found: dict[str, Any]) -> None:
         ]
         parts["beams"] = table(("search", "log-likelihood, nats per id", "distinct of 8", "mean distance"), rows)
         rows = [
-            (r["temperature"], r["window"], r["ids"], f"{r['calls']:.1f}", "yes" if r["same"] else "NO")
+            (str(r["temperature"]), str(r["window"]), str(r["ids"]), f"{r['calls']:.1f}", "yes" if r["same"] else "NO")
             for r in found["guesses"]
         ]
         parts["guesses"] = table(("temperature", "window", "ids", "calls", "the same ids"), rows)
-    text = PAGE.read_text(encoding="utf-8")
-    for name, content in parts.items():
-        text = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S
-        )
-    PAGE.write_text(text, encoding="utf-8")
+    fill(PAGE, parts)
 
 
 def main() -> None:

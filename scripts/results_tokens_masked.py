@@ -14,11 +14,11 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from pages import RESULTS, Store, fill, table
 
 import genkit
 from genkit.optional import require
@@ -28,7 +28,7 @@ from genkit.samplers.mar import MAR as MARSampler
 from genkit.samplers.masked import Masked as Sampler
 
 ROOT = Path(__file__).parent.parent
-PAGE, CURVE = ROOT / "docs/results/tokens_masked.md", ROOT / "docs/results/tokens-reuse.png"
+PAGE, CURVE = RESULTS / "tokens_masked.md", RESULTS / "tokens-reuse.png"
 DEPTHS = (1, 2, 4, 8)  # ids per place
 TOY = ROOT / "genkit/configs/toy"
 # Leading full steps, light steps per full one.
@@ -72,52 +72,42 @@ def source(out: Path, given: Path | None, depth: int) -> Path:
     return out / tokenizer(depth)
 
 
-class Store:
-    """Figures by name, in a file that grows."""
-
-    def __init__(self, path: Path, only: list[str] | None = None):
-        self.path, self.only = path, only or [""]
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def keep(self, name: str, make: Callable[[], Any]) -> Any:
-        if name not in self.found and (name == "count" or name.startswith(tuple(self.only))):
-            print(name, flush=True)
-            self.found[name] = make()
-            self.path.write_text(json.dumps(self.found, indent=1))
-        return self.found.get(name)
-
-
 def measure(out: Path, given: Path | None, count: int, only: list[str]) -> None:
     """What is not there yet; `only`: of figures whose names begin with one of these."""
-    store = Store(out / "masked.json", only)
-    store.keep("count", lambda: count)
+    store = Store(out / "masked.json")
+    store.get("count", lambda: count)
+
+    def keep(name: str, make: Any) -> None:
+        if name.startswith(tuple(only or [""])):
+            store.get(name, make)
+
     for depth in DEPTHS:
-        store.keep(f"rfd {depth}", lambda d=depth: reconstructed(source(out, given, d)))
+        keep(f"rfd {depth}", lambda d=depth: reconstructed(source(out, given, d)))
     for run in (*(f"resgen-{depth}" for depth in DEPTHS), "rq-4"):
         if (out / run / "checkpoints" / "last").exists():
             for seed in SEEDS:
                 options = [f"num_steps={RESGEN_STEPS}"] if run.startswith("resgen") else []
-                store.keep(f"fd {run} {seed}", lambda r=run, s=seed, o=options: distance(out / r, count, s, o))
-            store.keep(f"seconds {run}", lambda r=run: seconds(out / r))
+                keep(f"fd {run} {seed}", lambda r=run, s=seed, o=options: distance(out / r, count, s, o))
+            keep(f"seconds {run}", lambda r=run: seconds(out / r))
     for host, name in RUNS.items():
         if not (out / name / "checkpoints" / "last").exists():
             continue
         for alone, light in SETTINGS:
             for seed in SEEDS:
                 changes = reuse(host, alone, light, FD_STEPS)
-                store.keep(
+                keep(
                     f"fd {host} {alone} {light} {seed}",
                     lambda n=name, s=seed, c=changes: distance(out / n, count, s, c),
                 )
         for steps in (4, 8):
             for seed in SEEDS:
-                store.keep(
+                keep(
                     f"fd {host} {steps} steps {seed}",
                     lambda n=name, t=steps, s=seed: distance(out / n, count, s, [f"num_steps={t}"]),
                 )
     for grid in (16, 32):
         for host in RUNS:
-            store.keep(f"speed {host} {grid * grid}", lambda host=host, grid=grid: speeds(host, grid))
+            keep(f"speed {host} {grid * grid}", lambda host=host, grid=grid: speeds(host, grid))
 
 
 def reuse(host: str, alone: int, light: int, steps: int) -> list[str]:
@@ -190,13 +180,8 @@ def recap(host: str, alone: int, light: int) -> Recap:
 
 def page(out: Path) -> None:
     """Fill in the tables between the marks of the page."""
-    found = Store(out / "masked.json").found
-    text = PAGE.read_text()
-    for mark, rows in (("reuse", reuse_table(found)), ("depth", depth_table(found))):
-        before, rest = text.split(f"<!-- {mark} -->\n", 1)
-        after = rest.split(f"<!-- end of {mark} -->", 1)[1]
-        text = f"{before}<!-- {mark} -->\n{rows}\n<!-- end of {mark} -->{after}"
-    PAGE.write_text(text)
+    found = Store(out / "masked.json").values
+    fill(PAGE, {"reuse": reuse_table(found), "depth": depth_table(found)})
     curve(found)
 
 
@@ -216,18 +201,19 @@ def spread(found: dict[str, Any], start: str) -> str:
 
 def reuse_table(found: dict[str, Any]) -> str:
     hosts = [(host, tokens) for host in RUNS for tokens in (256, 1024)]
-    head = ["full steps at first", "light per full one", *(f"{h}, {n} tokens" for h, n in hosts)]
-    lines = [f"| {' | '.join([*head, *(f'FD, {host}' for host in RUNS)])} |", "|" + "---|" * (4 + len(hosts))]
+    times, distances = (f"{host}, {n} tokens" for host, n in hosts), (f"FD, {host}" for host in RUNS)
+    rows = []
     for alone, light in SETTINGS:
         cells = [found.get(f"speed {host} {tokens}", {}).get(f"{alone} {light}") for host, tokens in hosts]
-        shown = " | ".join("not measured" if cell is None else f"{cell:.2f}" for cell in cells)
-        distances = " | ".join(spread(found, f"fd {host} {alone} {light}") for host in RUNS)
-        lines.append(f"| {alone / FD_STEPS:.0%} | {light} | {shown} | {distances} |")
+        shown = ["not measured" if cell is None else f"{cell:.2f}" for cell in cells]
+        of_hosts = [spread(found, f"fd {host} {alone} {light}") for host in RUNS]
+        rows.append((f"{alone / FD_STEPS:.0%}", str(light), *shown, *of_hosts))
     for steps in (4, 8):
-        distances = " | ".join(spread(found, f"fd {host} {steps} steps") for host in RUNS)
-        dots = " | ".join(f"{FD_STEPS / steps:.2f}" for _ in hosts)
-        lines.append(f"| {steps} of {FD_STEPS} steps, all full | | {dots} | {distances} |")
-    return "\n".join(lines)
+        of_hosts = [spread(found, f"fd {host} {steps} steps") for host in RUNS]
+        rows.append(
+            (f"{steps} of {FD_STEPS} steps, all full", "", *(f"{FD_STEPS / steps:.2f}" for _ in hosts), *of_hosts)
+        )
+    return table(("full steps at first", "light per full one", *times, *distances), rows)
 
 
 def curve(found: dict[str, Any]) -> None:
@@ -261,7 +247,7 @@ def curve(found: dict[str, Any]) -> None:
 
 def depth_table(found: dict[str, Any]) -> str:
     head = ("generator", "ids per place", "ids per image", "rFD of the tokens", "FD", "CPU ms per image")
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    rows = []
     for name, run, depth in (
         *(("ResGen", f"resgen-{depth}", depth) for depth in DEPTHS),
         ("RQ, depth first", "rq-4", 4),
@@ -269,8 +255,8 @@ def depth_table(found: dict[str, Any]) -> str:
         cost, bound = found.get(f"seconds {run}"), found.get(f"rfd {depth}")
         shown = "not measured" if cost is None else f"{1000 * cost:.0f}"
         of_tokens = "not measured" if bound is None else f"{bound:.2f}"
-        lines.append(f"| {name} | {depth} | {49 * depth} | {of_tokens} | {spread(found, f'fd {run}')} | {shown} |")
-    return "\n".join(lines)
+        rows.append((name, str(depth), str(49 * depth), of_tokens, spread(found, f"fd {run}"), shown))
+    return table(head, rows)
 
 
 def main() -> None:
