@@ -141,3 +141,20 @@ def recipe(tmp_path: Path, outside: str) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def run_directory(recipe: Callable[..., Path], tmp_path: Path) -> Path:
+    """A run as training leaves it, of 100 samples, half done."""
+    from genkit import config
+
+    run = tmp_path / "runs" / "toy"
+    (run / "checkpoints" / "0000005" / "state").mkdir(parents=True)
+    (run / "checkpoints" / "last").symlink_to("0000005")
+    (run / "config.resolved.yaml").write_text(config.dump(config.load(recipe())))
+    (run / "metrics.jsonl").write_text('{"step": 1, "samples": 10}\n{"step": 5, "samples": 50, "loss": 0.25}\n{"st')
+    (run / "samples").mkdir()
+    (run / "samples" / "0000005-ema.png").write_bytes(b"")
+    (run / "eval").mkdir()
+    (run / "eval" / "0000005.json").write_text('{"rows": [{"metric": "psnr", "value": 21.5}], "settings": {"a": 1}}')
+    return run
