@@ -158,3 +158,9 @@ def run_directory(recipe: Callable[..., Path], tmp_path: Path) -> Path:
     (run / "eval").mkdir()
     (run / "eval" / "0000005.json").write_text('{"rows": [{"metric": "psnr", "value": 21.5}], "settings": {"a": 1}}')
     return run
+
+
+@pytest.fixture
+def paths_of_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run as they do for a user: Triton's interpreter, which the tests of kernels ask for, would take minutes elsewhere."""
+    monkeypatch.setattr("genkit.dispatch.is_interpreting", lambda: False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -85,12 +84,7 @@ def test_wrong_use_is_told_in_one_line(suite: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def tokenizers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_tokenizers", SUITES / "tokenizers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bench.module("tokenizers")
 
 
 @pytest.mark.parametrize("cosine", [False, True])

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-SUITE = Path(__file__).parents[1] / "benchmarks/diffusion.py"
+from genkit import bench
 
 
 @pytest.fixture(scope="module")
 def suite() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_diffusion", SUITE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bench.module("diffusion")
 
 
 def test_networks_and_pipelines_of_both_sides_agree(suite: ModuleType) -> None:

@@ -17,14 +17,9 @@ from genkit.nn.drop_path import DropPath
 from genkit.nn.layout import dense_layout
 from genkit.nn.wavelet import haar_packet, inverse_haar_packet, packet_matrix
 
+pytestmark = pytest.mark.usefixtures("paths_of_users")
 LABELS = torch.tensor([0, 3, -1])
 GRID = (8, 16)  # 4x8 tokens
-
-
-@pytest.fixture(autouse=True)
-def _no_interpreter(monkeypatch):
-    """Tests of kernels ask for Triton's interpreter, which would take minutes here."""
-    monkeypatch.setattr("genkit.dispatch.is_interpreting", lambda: False)
 
 
 def network(grid: tuple[int, ...] = GRID, random: bool = True, **options: Any) -> DiMSUM:

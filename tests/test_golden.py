@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests import golden
+
 HERE = Path(__file__).parent
 FILES = sorted((HERE / "golden").glob("*.safetensors"))
-
-
-@pytest.fixture(scope="module")
-def golden() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("golden_runner", HERE / "golden.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def rewrite(
@@ -52,7 +40,7 @@ VQ = HERE / "golden" / "vq.safetensors"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_stored_output_is_reproduced(golden: ModuleType, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stored_output_is_reproduced(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = golden.main([str(path)])
     lines = capsys.readouterr().out.splitlines()
     assert code == 0, "\n".join(lines)
@@ -60,43 +48,39 @@ def test_every_stored_output_is_reproduced(golden: ModuleType, path: Path, capsy
     assert all(line.endswith("  ok") for line in lines)
 
 
-def failures(golden: ModuleType, path: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+def failures(path: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     assert golden.main([str(path)]) == 1
     return [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
 
 
-def test_a_changed_weight_fails_what_depends_on_it(
-    golden: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_changed_weight_fails_what_depends_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = "weight/plain._codebook.embed"
     path = rewrite(VQ, tmp_path / "a.safetensors", {key: tensor(VQ, key) * 1.001})
-    assert {line.split()[1] for line in failures(golden, path, capsys)} == {"plain_decoded", "plain_quantized"}
+    assert {line.split()[1] for line in failures(path, capsys)} == {"plain_decoded", "plain_quantized"}
 
 
-def test_integers_must_be_equal(golden: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_integers_must_be_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids = tensor(VQ, "output/plain_indices").clone()
     ids[0, 0] += 1
     path = rewrite(VQ, tmp_path / "a.safetensors", {"output/plain_indices": ids}, tolerance="10")
-    assert [line.split()[1] for line in failures(golden, path, capsys)] == ["plain_indices"]
+    assert [line.split()[1] for line in failures(path, capsys)] == ["plain_indices"]
 
 
-def test_an_output_nobody_makes_fails(golden: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_nobody_makes_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = rewrite(VQ, tmp_path / "a.safetensors", {"output/plain_entropy": torch.zeros(2)})
-    (line,) = failures(golden, path, capsys)
+    (line,) = failures(path, capsys)
     assert "plain_entropy" in line
     assert "run_vq does not produce it" in line
 
 
-def test_another_shape_fails_with_both_shapes(
-    golden: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_shape_fails_with_both_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     codes = tensor(VQ, "output/plain_quantized")
     path = rewrite(VQ, tmp_path / "a.safetensors", {"output/plain_quantized": codes[:1].clone()})
-    (line,) = failures(golden, path, capsys)
+    (line,) = failures(path, capsys)
     assert "shape [2, 20, 16], expected [1, 20, 16]" in line
 
 
-def test_not_a_number_fails(golden: ModuleType) -> None:
+def test_not_a_number_fails() -> None:
     nan, one = torch.tensor([float("nan")]), torch.ones(1)
     assert golden.compare(one, nan, 1e-4)[2] == "FAIL"
     assert golden.compare(nan, one, 1e-4)[2] == "FAIL"
@@ -109,25 +93,23 @@ def test_not_a_number_fails(golden: ModuleType) -> None:
 
 @pytest.mark.parametrize("key", ["weight/plain._codebook.embed", "weight/lowdim.project_in.bias"])
 def test_a_missing_weight_fails_every_output_and_is_named(
-    golden: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
-    lines = failures(golden, rewrite(VQ, tmp_path / "a.safetensors", {key: None}), capsys)
+    lines = failures(rewrite(VQ, tmp_path / "a.safetensors", {key: None}), capsys)
     assert len(lines) == len(golden.load(VQ).outputs)
     assert all(key.partition(".")[2] in line for line in lines)
 
 
-def test_unknown_system_is_named_and_fails(
-    golden: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_system_is_named_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = rewrite(VQ, tmp_path / "a.safetensors", system="perpetuum")
-    (line,) = failures(golden, path, capsys)
+    (line,) = failures(path, capsys)
     assert "unknown system 'perpetuum'; known: " in line
     assert "vq" in line.partition("known: ")[2].split(", ")
 
 
 @pytest.mark.parametrize("content", [b"", b"no such format", None])
 def test_a_file_that_cannot_be_read_fails_and_the_next_is_still_checked(
-    golden: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
 ) -> None:
     path = tmp_path / "a.safetensors"
     if content is not None:
@@ -139,12 +121,12 @@ def test_a_file_that_cannot_be_read_fails_and_the_next_is_still_checked(
     assert all(line.endswith("  ok") for line in lines[1:])
 
 
-def test_a_file_without_a_system_fails(golden: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = failures(golden, rewrite(VQ, tmp_path / "a.safetensors", system=None), capsys)
+def test_a_file_without_a_system_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = failures(rewrite(VQ, tmp_path / "a.safetensors", system=None), capsys)
     assert "the metadata lack system" in line
 
 
-def test_heads_on_one_table_are_returned_side_by_side(golden: ModuleType) -> None:
+def test_heads_on_one_table_are_returned_side_by_side() -> None:
     peer = pytest.importorskip("vector_quantize_pytorch")
     torch.manual_seed(0)
     outputs, weights, inputs, modules = {}, {}, {}, {}

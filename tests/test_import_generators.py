@@ -16,6 +16,7 @@ from genkit.errors import UsageError
 from genkit.importing import import_weights
 from genkit.pipeline import TokenizerPipeline, open_run
 
+pytestmark = pytest.mark.usefixtures("paths_of_users")
 GOLDEN = Path(__file__).parent / "golden"
 # Golden file, importer, and what its pipeline samples by.
 CASES = {
@@ -25,12 +26,6 @@ CASES = {
     "fit": ("fitv2", {"type": "heun", "guidance_channels": 3}),
     "dimsum": ("dimsum", {"type": "heun", "guidance": 1.4, "guidance_channels": None}),
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests of kernels ask for Triton's interpreter, which would take minutes here."""
-    monkeypatch.setattr("genkit.dispatch.is_interpreting", lambda: False)
 
 
 @pytest.fixture

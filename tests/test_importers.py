@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import pickle
 import random
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,22 +20,10 @@ from genkit.importers import diffusers_kl, diffusers_vq, llamagen_vq, maskgit_vq
 from genkit.importers.names import fill
 from genkit.importing import import_weights, importers, read_weights
 from genkit.pipeline import open_run
+from tests import golden, golden_vqgan
 
 HERE = Path(__file__).parent
 SYSTEMS = {"taming_vqgan": taming_vqgan, "llamagen_vq": llamagen_vq, "maskgit_vqgan": maskgit_vqgan}
-
-
-def load_module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{name}_here", HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-golden, runners = load_module("golden"), load_module("golden_vqgan")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +38,7 @@ def cases() -> dict[str, Any]:
 @torch.no_grad()
 def test_official_outputs_are_reproduced(cases: dict[str, Any], system: str) -> None:
     case = cases[system]
-    got = getattr(runners, f"run_{system}")(case)
+    got = getattr(golden_vqgan, f"run_{system}")(case)
     assert got.keys() == case.outputs.keys()
     for name, expected in case.outputs.items():
         error, allowed, verdict = golden.compare(expected, got[name], case.tolerance / 10)
