@@ -22,7 +22,7 @@ from genkit.nn.paths import Predictor
 from genkit.nn.token_head import TokenPredictor
 
 Schedule = Literal["constant", "linear", "cosine"]
-CONTEXTS = ("context", "text")  # conditions of which all zeros mean nothing
+CONTEXTS = ("context", "text", "picture")  # conditions of which all zeros mean nothing
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from genkit.rng import Rng
 
 # Everything a model is conditioned on, by name. "label": [B] int64, -1 = no label (the null class of classifier-free guidance).
-# "context": [B, k, E] vectors that are attended to, neighbours or states of a text encoder; "text": [B, T] int64 bytes, 0 behind the end. All 0 = nothing.
+# "context": [B, k, E] vectors that are attended to, neighbours or states of an encoder; "text": [B, T] int64 bytes, 0 behind the end; "picture":
+# [B, 1, Y, X], ink in [0, 1]. All 0 = nothing.
 Cond = Mapping[str, "Tensor"]
 
 # What lives between two calls of a model while sampling: key/values, reused context features, attention statistics.
@@ -79,6 +80,21 @@ class PredictNext(Protocol):
     def to_ids(self, sequence: Tensor) -> Tensor: ...  # back
     def repeated(self, times: int) -> PredictNext: ...  # of a batch in which each sample stands so many times in a row
     def is_over(self, ids: Tensor) -> bool: ...  # whether nothing that may still be drawn counts
+
+
+# As PredictIds, but of every place comes a distribution of one vector, the sum of the codes of its unknown levels (genkit/nn/mixture.py).
+PredictMixture = Callable[["Tensor", "Tensor", "Cache | None"], Any]
+
+
+class PredictTree(Protocol):
+    """Where a batch of octrees grows depth by depth; see genkit/samplers/octree_masked.py."""
+
+    depths: int
+
+    def begin(self, start: Any) -> None: ...
+    def logits(self, values: Tensor, known: Tensor) -> Tensor: ...
+    def finish(self, values: Tensor) -> None: ...
+    def result(self) -> Any: ...
 
 
 OnStep = Callable[[int, int, "Tensor"], None]  # (step from 0, number of steps, state)
@@ -149,7 +165,12 @@ class TokenMixer(Protocol):
 
 
 class Backbone(Protocol):
-    """Tensors to tensors: noisy latents -> latents, or ids (mask id = S) -> logits."""
+    """Tensors to tensors: noisy latents -> latents, or ids (mask id = S) -> logits.
+
+    `answers` says what an objective may ask it for, the word that the objective has under `asks`.
+    """
+
+    answers: str
 
     def forward(
         self, x: Tensor, t: Tensor | None, cond: Cond, layout: Layout, cache: Cache | None = None
@@ -159,15 +180,21 @@ class Backbone(Protocol):
 class Condition(Protocol):
     """What a generator is told of a sample besides what it draws: read from a batch while training, from a request while sampling.
 
-    `takes` are the options of a backbone that follow from it: num_classes, context_dim, text_length. `prepare(count)`, where there is one, comes before
-    training on so many samples.
+    `takes` are the options of a backbone that follow from it: num_classes, context_dim, text_length, picture_size, picture_cells. `prepare(count)`, where there is
+    one, comes before training on so many samples.
     """
 
     takes: Mapping[str, int]
 
     def of_batch(self, batch: Mapping[str, Any]) -> Cond: ...
     def of_request(
-        self, labels: Tensor, rng: Rng, *, texts: Sequence[str] | None = None, database: Any = None
+        self,
+        labels: Tensor,
+        rng: Rng,
+        *,
+        texts: Sequence[str] | None = None,
+        database: Any = None,
+        images: Sequence[Any] | None = None,
     ) -> Cond: ...
     def names(self, database: Any = None) -> tuple[str, ...]: ...  # of what labels of a request mean
     def classes(
@@ -180,17 +207,18 @@ class Objective(Protocol):
 
     `target` says what of a batch it learns, and so what __call__ receives: "ids" or "z" made by a tokenizer, or "x", the data themselves, when
     a tokenizer is what is trained. Losses whose names begin with "_" are logged and not summed. `draws` says what its predictor is where the target does
-    not: "next" a PredictNext, "tokens" a PredictTokens.
+    not: "next" a PredictNext, "tokens" a PredictTokens. `asks` is what it wants of a backbone, in words that follow "asks for".
     """
 
     target: str
+    asks: str
 
     def __call__(
         self, model: Any, target: Tensor, cond: Cond, layout: Layout | None, rng: Rng
     ) -> dict[str, Tensor]: ...
     def predictor(
         self, model: Any, cond: Cond, layout: Layout
-    ) -> Predict | PredictIds | PredictNext | PredictTokens: ...
+    ) -> Predict | PredictIds | PredictNext | PredictTokens | PredictMixture | PredictTree: ...
 
 
 class Reuse(Protocol):

@@ -154,6 +154,7 @@ class GeneratorPipeline(DiffusionPipeline):
         resolution: int | None = None,
         texts: Sequence[str] | None = None,
         database: Any = None,
+        images: Sequence[Any] | None = None,
         on_step: OnStep | None = None,
     ) -> Any:
         """Samples by label and seed: the same pair gives the same image in any batch.
@@ -171,6 +172,7 @@ class GeneratorPipeline(DiffusionPipeline):
             texts: of generators that are told captions, one for each sample; None = the names of the classes.
             database: of generators that are told neighbours, another database (genkit/conditions/embeddings.py) than that of training, by an object or
                 by a word: a folder, fashion:val, a file of `genkit database`.
+            images: of generators that are told pictures, one for each sample: paths, PIL images or [C, Y, X] in [-1, 1]; None = pictures of held-out shapes.
             resolution: of shapes, cells along a side in which their surface is looked for; None = the tokenizer's.
 
         Returns: [B, C, Y, X] in [-1, 1]; of shapes a list of B meshes.
@@ -204,7 +206,7 @@ class GeneratorPipeline(DiffusionPipeline):
         predict: Any = guide(
             objective,
             reuse.start(self.backbone) if wraps else self.backbone,
-            self.told.of_request(labels.to(self.device), rng, texts=texts, database=database),
+            self.told.of_request(labels.to(self.device), rng, texts=texts, database=database, images=images),
             dense_layout(grid, device=self.device),
             how,
             reuse.start(weak) if wraps and weak is not None else weak,

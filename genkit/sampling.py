@@ -16,7 +16,7 @@ from genkit import files, images
 from genkit.console import Progress
 from genkit.data.sizes import named_size, parse_size
 from genkit.errors import UsageError
-from genkit.rng import sample_seeds
+from genkit.rng import Rng, sample_seeds
 
 
 def parse_labels(text: str | Sequence[int | str] | None, class_names: Sequence[str]) -> list[int]:
@@ -60,6 +60,7 @@ def sample(
     known: str | Path | None = None,
     keep: str | None = None,
     captions: Sequence[str] = (),
+    pictures: Sequence[str | Path] = (),
     database: str | Path | None = None,
     classes: str | None = None,
     format: str = "ply",
@@ -75,13 +76,14 @@ def sample(
     An interrupted call continues when it is repeated. Under `accelerate launch` the images are shared out over the processes.
 
     Args:
-        count: how many; by default one per label, or per caption.
+        count: how many; by default one per label, caption or picture.
         labels: see `parse_labels`; of a generator that is told neighbours, classes of the database.
         sampler: changes of the recipe's section `sampler`: "type=euler", "reuse.type=skip_blocks".
         size: pixels, "48x64" or (Y, X), rows x columns; by default as trained.
         rope: how rotary positions meet another size, see GeneratorPipeline.generate.
         known, keep: of masked generators, an image and which of its pixels stay, see genkit.editing.mask_of; the others are drawn.
         captions: of a generator that is told captions, what to draw, in turn; by default the names of the classes.
+        pictures: of a generator that is told pictures, files of what to draw, in turn; by default held-out shapes of the classes.
         database, classes: of a generator that is told neighbours, another database than that of training (genkit/conditions/neighbours.py), and
             which classes of it.
         format, resolution, turntable: of shapes, see genkit.shapes.write_samples.
@@ -103,20 +105,26 @@ def sample(
     if database is not None or classes is not None:
         neighbours = open_database(pipeline, database, classes)
     class_names = pipeline.told.names(neighbours)
-    if captions and labels is not None:
-        raise UsageError("--caption and --labels both say what to draw; give one of them")
-    if captions or labels is None:
-        chosen = [-1] if captions else pipeline.told.classes(neighbours) or [-1]
+    said = [word for word, given in (("--caption", captions), ("--image", pictures), ("--labels", labels)) if given]
+    if len(said) > 1:
+        raise UsageError(f"{' and '.join(said)} both say what to draw; give one of them")
+    if captions or pictures or labels is None:
+        chosen = [-1] if captions or pictures else pipeline.told.classes(neighbours) or [-1]
     else:
         chosen = parse_labels(labels, class_names)
-    count = len(captions or chosen) if count is None else count
+    count = len(captions or pictures or chosen) if count is None else count
     if count < 1:
         raise UsageError(f"-n {count}: at least one sample is needed")
     all_labels = [chosen[i % len(chosen)] for i in range(count)]
     seeds = sample_seeds(seed, 0, count)
     texts = [captions[i % len(captions)] for i in range(count)] if captions else None
+    looks = [str(pictures[i % len(pictures)]) for i in range(count)] if pictures else None
+    if pictures:  # what cannot be read, or is not listened to, is said before anything is written
+        different = list(dict.fromkeys(looks or ()))
+        pipeline.told.of_request(torch.full((len(different),), -1), Rng(seeds[:1] * len(different)), images=different)
     edit = "" if known is None else f"-{Path(known).stem}"
     edit += "-captions" if captions else ""
+    edit += f"-{Path(pictures[0]).stem}" if pictures else ""
     edit += "" if neighbours is None else f"-{named_database(database, classes)}"
     folder = Path(out) if out is not None else Path(run) / "samples" / f"seed-{seed}{named_size(size, rope)}{edit}"
     settings = {
@@ -141,8 +149,12 @@ def sample(
             "batch_size": batch_size,
             "resolution": resolution,
             "turntable": turntable,
+            "texts": texts,
+            "looks": looks,
         }
         return shapes.write_samples(pipeline, state, folder, settings, all_labels, seeds, **how, **drawing)
+    if looks is not None:
+        raise UsageError("--image is for generators of shapes that are told pictures; --known IMAGE completes an image")
     grid = None if size is None else pipeline.grid_of(size)
     edited = None
     if known is not None or keep is not None:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from genkit import images
 from genkit.console import Progress
 from genkit.errors import UsageError, nearest
-from genkit.rng import sample_seeds
+from genkit.rng import Rng, sample_seeds
 
 _SHOWN = 96  # shapes in a contact sheet
+_TILE = 192  # pixels
 
 
 def picture(job: Any, held_out: Any, count: int) -> Any:
@@ -32,6 +34,8 @@ def picture(job: Any, held_out: Any, count: int) -> Any:
     labels = torch.arange(count) % len(job.class_names) if job.class_names else torch.full((count,), -1)
     seeds = sample_seeds(job.config["train"]["seed"], 0, count)
     found: Any = pipeline_of(job).generate(labels, seeds)
+    if hasattr(job.condition, "chosen"):
+        return picture_sheet(found, job.condition.chosen(labels, Rng(seeds)))
     return contact_sheet(found, columns=min(count, 6))
 
 
@@ -47,9 +51,13 @@ def write_samples(
     batch_size: int,
     resolution: int | None,
     turntable: bool,
+    texts: Sequence[str] | None = None,
+    looks: Sequence[str] | None = None,
     **drawing: Any,
 ) -> dict[str, Any]:
     """Write a mesh per sample, a contact sheet with one row per class, and samples.json: `genkit sample` of a generator of shapes.
+
+    Of a generator that is told pictures the sheet has a row per picture, and the picture in front as the generator sees it.
 
     Sample i is the same for any batch size and number of processes; an interrupted call continues when it is repeated. A sample whose function has no
     surface is reported and not written.
@@ -60,6 +68,8 @@ def write_samples(
         format: end of the files' names, of genkit.meshes.storage.FORMATS.
         resolution: cells along a side, see OctreeVQ.meshes.
         turntable: also a GIF of each shape.
+        texts: of a generator that is told captions, one per sample; None = the names of the classes.
+        looks: of a generator that is told pictures, the file of one per sample; None = held-out shapes of the classes.
         drawing: steps, guidance and sampler, for GeneratorPipeline.generate.
 
     Returns: shapes, out, grid, json (paths), empty (files that were not written), seconds.
@@ -75,6 +85,9 @@ def write_samples(
         {"file": name, "label": label, "class": pipeline.class_names[label] if label >= 0 else None, "seed": seed}
         for name, label, seed in zip(names, labels, seeds, strict=True)
     ]
+    for word, said in (("caption", texts), ("picture", looks)):
+        if said is not None:
+            rows = [row | {word: own} for row, own in zip(rows, said, strict=True)]
     settings |= {"resolution": resolution} if resolution is not None else {}
     if state.is_main_process:
         claim(folder, {**settings, "samples": rows})
@@ -86,7 +99,12 @@ def write_samples(
         for first in range(0, len(todo), batch_size):
             part = todo[first : first + batch_size]
             found = pipeline.generate(
-                torch.tensor([labels[i] for i in part]), [seeds[i] for i in part], resolution=resolution, **drawing
+                torch.tensor([labels[i] for i in part]),
+                [seeds[i] for i in part],
+                resolution=resolution,
+                texts=None if texts is None else [texts[i] for i in part],
+                images=None if looks is None else [looks[i] for i in part],
+                **drawing,
             )
             for i, mesh in zip(part, found, strict=True):
                 if not len(mesh.faces):
@@ -103,7 +121,17 @@ def write_samples(
         nothing = Mesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64))
         shown = range(min(len(names), _SHOWN))
         meshes = [nothing if names[i] in empty else storage.load(folder / names[i]) for i in shown]
-        images.write_png(folder / "grid.png", class_sheet(meshes, [labels[i] for i in shown], pipeline.class_names))
+        if hasattr(getattr(pipeline, "told", None), "chosen"):
+            own = labels[: len(shown)]
+            ink = (
+                pipeline.told.chosen(torch.tensor(own), Rng(seeds[: len(shown)]))
+                if looks is None
+                else torch.stack([pipeline.told.read(looks[i]) for i in shown])
+            )
+            sheet = picture_sheet(meshes, ink)
+        else:
+            sheet = class_sheet(meshes, [labels[i] for i in shown], pipeline.class_names)
+        images.write_png(folder / "grid.png", sheet)
     return {
         "shapes": len(names) - len(empty),
         "out": str(folder),
@@ -127,3 +155,27 @@ def class_sheet(meshes: list[Any], labels: list[int], class_names: Sequence[str]
     nothing = Mesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64))
     filled = [mesh for row in rows for mesh in [*row, *[nothing] * (width - len(row))]]
     return contact_sheet(filled, columns=width, row_names=[class_names[i] if i >= 0 else "any" for i in distinct])
+
+
+def picture_sheet(meshes: list[Any], ink: Tensor, columns: int = 8) -> Any:
+    """Pictures and what was drawn of them: a row per picture, itself in front; where every sample has a picture of its own, four pairs in a row.
+
+    Args:
+        ink: [B, 1, Y, X] in [0, 1], the picture of each mesh.
+        columns: at most so many samples of one picture.
+    """
+    from genkit.meshes.pictures import picture
+
+    of_picture: dict[bytes, list[int]] = {}
+    for i, one in enumerate(ink):
+        of_picture.setdefault(one.numpy().tobytes(), []).append(i)
+    rows = [own[:columns] for own in of_picture.values()]
+    width = max(map(len, rows))
+    pictures = torch.nn.functional.interpolate(1 - 2 * ink, size=(_TILE, _TILE)).expand(-1, 3, -1, -1)
+    blank = torch.ones(3, _TILE, _TILE)
+    tiles = [
+        tile
+        for own in rows
+        for tile in [pictures[own[0]], *(picture(meshes[i], _TILE) for i in own), *[blank] * (width - len(own))]
+    ]
+    return images.grid(torch.stack(tiles), (1 + width) * (4 if width == 1 else 1), scale=1)

@@ -17,6 +17,7 @@ from genkit.errors import UsageError
 from genkit.interfaces import Cond
 from genkit.nn.norm import RMSNorm
 from genkit.nn.octree_windows import Kept, OctreeStack, Places, in_front, places_of
+from genkit.nn.pictures import PictureEncoder
 from genkit.nn.text import TextEncoder
 from genkit.octree.octree import Octree
 from genkit.octree.tokens import OctreeTokens
@@ -44,14 +45,16 @@ class OctGPT(ModelMixin, ConfigMixin):
         has_null: a row of the class table for "no class", which guidance needs; the released models have none.
         is_aligned: windows begin anew with every sample.
         context_dim: width of cond["context"] [B, L, context_dim], tokens of a text or an image; None = there are none.
-        text_length: letters of the texts in cond["text"], read by an encoder that is trained here, whose states are the context; None = none. The section
-            `condition` of a recipe sets either.
+        text_length: letters of the texts in cond["text"], read by an encoder that is trained here, whose states are the context; None = none.
+        picture_size, picture_cells: pixels along a side of the pictures in cond["picture"], and tokens along a side (4 where nothing is said) that an encoder
+            trained here makes of them; None = none. The section `condition` of a recipe sets one of the three.
         embed_std: of what is made of split bits, codes and classes at first. Theirs, 0.02, is small beside the positions that every block adds, and takes long
             to be noticed; short training needs about 0.5.
         context: how they come in: "concat" in the buffer, "cross" by attention in every second block as well.
     """
 
     _supports_gradient_checkpointing = True
+    answers = "octrees"
 
     @register_to_config
     def __init__(
@@ -79,10 +82,14 @@ class OctGPT(ModelMixin, ConfigMixin):
         context: Literal["concat", "cross"] = "concat",
         embed_std: float = 0.02,
         text_length: int | None = None,
+        picture_size: int | None = None,
+        picture_cells: int | None = None,
     ):
         super().__init__()
-        if context_dim is not None and text_length is not None:
-            raise UsageError("backbone.context_dim and backbone.text_length: the context is one or the other")
+        if sum(given is not None for given in (context_dim, text_length, picture_size)) > 1:
+            raise UsageError(
+                "backbone.context_dim, backbone.text_length and backbone.picture_size: the context is one or the other"
+            )
         if dim % num_heads or dim // num_heads % 6:
             raise UsageError(
                 f"backbone.dim={dim} over num_heads={num_heads}: a head's width must be whole and divisible by 6"
@@ -103,9 +110,12 @@ class OctGPT(ModelMixin, ConfigMixin):
         self.has_null = has_null or not num_classes
         self.code = nn.Linear(bits, dim)
         self.attends_to_context = context == "cross"
-        self.mask = self.context_norm = self.context_proj = self.text = None
+        self.mask = self.context_norm = self.context_proj = self.text = self.picture = None
         if text_length is not None:
             self.text = TextEncoder(dim=dim, num_heads=num_heads, length=text_length)
+            context_dim = dim
+        if picture_size is not None:
+            self.picture = PictureEncoder(dim=dim, num_heads=num_heads, size=picture_size, cells=picture_cells or 4)
             context_dim = dim
         if context_dim is not None:
             self.mask = nn.Parameter(torch.empty(1, dim))
@@ -205,7 +215,7 @@ class OctGPT(ModelMixin, ConfigMixin):
         """(tokens in front of all shapes [B buffer, D], what blocks attend to [B, L, C] or None)."""
         if self.context_proj is None:
             return self.label(self.labels(cond, batch_size)).repeat_interleave(self.buffer, 0), None
-        word = "context" if self.text is None else "text"
+        word = "text" if self.text is not None else "picture" if self.picture is not None else "context"
         if word not in cond:
             raise UsageError(
                 f"this model is conditioned on the tokens of a text or an image: cond['{word}'] is missing"
@@ -214,6 +224,9 @@ class OctGPT(ModelMixin, ConfigMixin):
         if self.text is not None:
             states, is_letter = self.text(context)
             context = torch.where(is_letter[:, :, None], states, 0)
+        if self.picture is not None:
+            states, is_there = self.picture(context)
+            context = torch.where(is_there[:, None, None], states, 0)
         assert self.context_norm is not None
         front = self.context_proj(self.context_norm(context))  # [B, L, D]
         if front.shape[1] > self.buffer:

@@ -69,8 +69,20 @@ class Captions:
         named = _CODE_POINT.match(key)
         return key[named.end() :] if named else self._of_class(label)
 
-    def of_request(self, labels: Tensor, rng: Rng, *, texts: Sequence[str] | None = None, database: Any = None) -> Cond:
+    def of_request(
+        self,
+        labels: Tensor,
+        rng: Rng,
+        *,
+        texts: Sequence[str] | None = None,
+        database: Any = None,
+        images: Sequence[Any] | None = None,
+    ) -> Cond:
         """Without texts the captions are the names of the classes."""
+        if images is not None:
+            raise UsageError(
+                "pictures were given, and this generator was trained on captions; say what to draw by --caption"
+            )
         if database is not None:
             raise UsageError("a database was given, and this generator was trained on captions; leave it out")
         if texts is None:

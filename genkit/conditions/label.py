@@ -22,7 +22,20 @@ class Label:
     def of_batch(self, batch: Mapping[str, Any]) -> Cond:
         return {"label": batch["label"]}
 
-    def of_request(self, labels: Tensor, rng: Rng, *, texts: Sequence[str] | None = None, database: Any = None) -> Cond:
+    def of_request(
+        self,
+        labels: Tensor,
+        rng: Rng,
+        *,
+        texts: Sequence[str] | None = None,
+        database: Any = None,
+        images: Sequence[Any] | None = None,
+    ) -> Cond:
+        if images is not None:
+            raise UsageError(
+                "pictures were given, and this generator was trained on classes alone; choose by --labels, or train one with "
+                "condition: {type: pictures}"
+            )
         if texts is not None:
             raise UsageError(
                 "captions were given, and this generator was trained on classes alone; choose by --labels, or train one with "

@@ -138,8 +138,13 @@ class Neighbours:
         *,
         texts: Sequence[str] | None = None,
         database: Database | None = None,
+        images: Sequence[Any] | None = None,
     ) -> Cond:
         """Labels are those of the database."""
+        if images is not None:
+            raise UsageError(
+                "pictures were given, and this generator was trained on neighbours; give them as a database (--database FOLDER)"
+            )
         if texts is not None:
             raise UsageError(
                 "captions were given, and this generator was trained on neighbours of images; leave them out"

@@ -88,7 +88,7 @@ def portrait(
     Returns: [3, size, size] in [-1, 1].
     """
     seen = rasterise(mesh, camera, size * 2)
-    normal = _soft_normals(mesh, seen, smooth)
+    normal = soft_normals(mesh, seen, smooth)
     facing = (normal * seen.rays).sum(-1, keepdim=True)
     normal = torch.where(facing > 0, -normal, normal)  # both sides are lit alike
     right, up, back = camera.axes
@@ -103,8 +103,8 @@ def portrait(
     return avg_pool2d(picture[None], 2)[0] * 2 - 1
 
 
-def _soft_normals(mesh: Mesh, seen: Seen, degrees: float) -> Tensor:
-    """[Y, X, 3]: blended from the corners where these look much the same way as the face, else the face's own."""
+def soft_normals(mesh: Mesh, seen: Seen, degrees: float) -> Tensor:
+    """[Y, X, 3] of length 1: blended from the corners where these look much the same way as the face, else the face's own."""
     face = mesh.normals[seen.face.clamp_min(0)]
     corners = mesh.vertex_normals[mesh.faces[seen.face.clamp_min(0)]]  # [Y, X, 3, 3]
     agree = (corners * face[:, :, None]).sum(-1, keepdim=True) > math.cos(math.radians(degrees))

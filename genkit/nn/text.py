@@ -23,7 +23,7 @@ def bytes_of(texts: Sequence[str], length: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """Every letter attends to all real ones of its text, then a perceptron; a layer norm before each."""
+    """Every token attends to all real ones of its sample, then a perceptron; a layer norm before each."""
 
     def __init__(self, *, dim: int, num_heads: int):
         super().__init__()
@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.attention = CrossAttention(dim=dim, context_dim=dim, num_heads=num_heads)
         self.mlp = MLP(dim=dim, mlp_ratio=4.0)
 
-    def forward(self, h: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, h: Tensor, valid: Tensor | None = None) -> Tensor:
         normed = self.attention_norm(h)
         h = h + self.attention(normed, normed, valid)
         return h + self.mlp(self.mlp_norm(h))

@@ -46,6 +46,13 @@ ARGUMENTS = (
         help="of generators that are told captions: what to draw; may be repeated",
     ),
     argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="of generators that are told pictures: what to draw, dark on white or transparent ground; may be repeated",
+    ),
+    argument(
         "--database",
         metavar="IMAGES",
         help="of generators that are told neighbours: others than in training, a folder, zip or npz, fashion:val, or a file of `genkit database`",
@@ -80,6 +87,7 @@ def run(args: argparse.Namespace) -> Answer:
         known=args.known,
         keep=args.keep,
         captions=args.caption,
+        pictures=args.image,
         database=args.database,
         classes=args.classes,
         format=args.format,
