@@ -43,6 +43,7 @@ SHORT = {
     "log.sample_every_steps": 10_000,
     "log.save_every_steps": 10_000,
 }
+DIT = {"data.size": None, "backbone.dim": 112, "backbone.mixer.num_heads": 4, "metrics": []}
 # Run -> recipe and what makes it as large as the others, 1.43 to 1.49 million weights.
 FAIR: dict[str, tuple[str, dict[str, Any]]] = {
     "masked": ("toy/masked-fashion", {}),
@@ -52,20 +53,36 @@ FAIR: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt": ("toy/gpt-fashion", {}),
     "resgen-1": ("toy/resgen-fashion", {"backbone.dim": 160, "backbone.depth": 3}),
     "mar": ("toy/mar-fashion", {"backbone.head_width": 96}),
-    "dit": (
-        "toy/dit-fashion",
-        {"data.size": None, "backbone.dim": 112, "backbone.depth": 6, "backbone.mixer.num_heads": 4, "metrics": []},
-    ),
+    "dit": ("toy/dit-fashion", {**DIT, "backbone.depth": 6}),
 }
 HELD_OUT = ("bag", "sneaker")
 NARROW = {"backbone.dim": 112}  # with attention to the neighbours as large as the generator without
+ALONE = {"objective.cond_drop": 1.0, "sampler.guidance": 1.0}  # told nothing
 TOLD: dict[str, tuple[str, dict[str, Any]]] = {
-    "told-nothing": ("toy/gpt-fashion", {"objective.cond_drop": 1.0, "sampler.guidance": 1.0}),
+    "told-nothing": ("toy/gpt-fashion", ALONE),
     "told-neighbours": ("toy/rarm-fashion", NARROW),
     "told-eight": (
         "toy/rarm-fashion",
         {**NARROW, "data.type": "folder", "data.path": "eight-classes", "data.size": 28, "data.channels": 1},
     ),
+    "dit-nothing": ("toy/dit-fashion", {**DIT, **ALONE, "backbone.depth": 6}),
+    "dit-neighbours": ("toy/rdm-fashion", {**DIT, "backbone.depth": 5, "condition.cells": 2}),
+}
+
+
+# Of the second table: generator, run, what it was told, guidance.
+ROWS = (
+    ("raster", "told-nothing", "nothing", 1),
+    ("raster", "told-neighbours", "four neighbours", 1),
+    ("raster", "told-neighbours", "four neighbours", 2),
+    ("diffusion", "dit-nothing", "nothing", 1),
+    ("diffusion", "dit-neighbours", "four neighbours", 1),
+    ("diffusion", "dit-neighbours", "four neighbours", 2),
+)
+SWAPPED = {  # run -> what the third table calls it
+    "told-neighbours": ("raster", "all ten classes"),
+    "dit-neighbours": ("diffusion", "all ten classes"),
+    "told-eight": ("raster", f"eight, without {' and '.join(HELD_OUT)}"),
 }
 
 
@@ -112,13 +129,13 @@ def measure(out: Path) -> None:
             if not list((out / name / "eval").glob(f"*-{COUNT}.json")):
                 genkit.evaluate(out / name, count=COUNT, batch_size=100)
             keep(f"seconds {name}", lambda run=out / name: seconds(run))
-    for name, guidance in (("told-nothing", 1.0), ("told-neighbours", 1.0), ("told-neighbours", 2.0)):
+    for _, name, _, guidance in ROWS:
         if finished(out / name):
             keep(f"fd {name} {guidance:g}", lambda n=name, g=guidance: distance(open_run(out / n), g))
             keep(f"parameters {name}", lambda n=name: weights(open_run(out / n)))
     if finished(out / "gpt"):
         keep("fd withheld", lambda: withheld(out / "gpt"))
-    for name in ("told-neighbours", "told-eight"):
+    for name in SWAPPED:
         if finished(out / name):
             pipe = open_run(out / name)
             others = pipe.told.open("fashion:val").of_classes(map(CLASS_NAMES.index, HELD_OUT))
@@ -237,38 +254,34 @@ def fair_table(out: Path, found: dict[str, Any]) -> str:
 
 def told_table(found: dict[str, Any]) -> str:
     rows = []
-    for told, name, guidance in (
-        ("nothing", "told-nothing", 1),
-        ("four neighbours", "told-neighbours", 1),
-        ("four neighbours", "told-neighbours", 2),
-    ):
+    for generator, name, told, guidance in ROWS:
         figures = found.get(f"fd {name} {guidance}")
         if figures is None:
-            rows.append((told, "not measured", str(guidance), "not measured", ""))
+            rows.append((generator, told, "not measured", str(guidance), "not measured", ""))
             continue
-        accuracy = "" if name == "told-nothing" else f"{figures['class']:.3f}"
+        accuracy = "" if told == "nothing" else f"{figures['class']:.3f}"
         weights_of = f"{found[f'parameters {name}'] / 1e6:.2f} M"
-        rows.append((told, weights_of, str(guidance), f"{figures['FD']:.2f}", accuracy))
+        rows.append((generator, told, weights_of, str(guidance), f"{figures['FD']:.2f}", accuracy))
     if "fd withheld" in found:
-        rows.insert(
-            1, ("nothing, by a generator that was told classes", "1.47 M", "1", f"{found['fd withheld']['FD']:.2f}", "")
-        )
-    text = table(("told", "parameters", "guidance", "FD", "of the class looked up"), rows)
+        withheld_of = "nothing, by a generator that was told classes"
+        rows.insert(1, ("raster", withheld_of, "1.47 M", "1", f"{found['fd withheld']['FD']:.2f}", ""))
+    text = table(("generator", "told", "parameters", "guidance", "FD", "of the class looked up"), rows)
     if "nll" in found:
         own, others, nothing = (f"{found['nll'][name]:.3f}" for name in ("own", "others", "nothing"))
         text += (
-            f"\n\nOf 1,000 images never trained on, it says {own} nats per id when told their neighbours, {others} when told those of another image, "
-            f"{nothing} when told nothing."
+            f"\n\nOf 1,000 images never trained on, the raster generator says {own} nats per id when told their neighbours, {others} when told those of "
+            f"another image, {nothing} when told nothing."
         )
     return text
 
 
 def swapped_table(found: dict[str, Any]) -> str:
-    two, rows = " and ".join(HELD_OUT), []
-    for name, trained in (("told-neighbours", "all ten classes"), ("told-eight", f"eight, without {two}")):
+    rows = []
+    for name, (generator, trained) in SWAPPED.items():
         shares = [found.get(f"share {name} {said}") for said in ("own", "others")]
-        rows.append((trained, *("not measured" if share is None else f"{share:.1%}" for share in shares)))
-    return table(("trained on", "database of training", f"database of {two}"), rows)
+        rows.append((generator, trained, *("not measured" if share is None else f"{share:.1%}" for share in shares)))
+    two = " and ".join(HELD_OUT)
+    return table(("generator", "trained on", "database of training", f"database of {two}"), rows)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from genkit import config, train
+from genkit.backbones.dit import DiT
 from genkit.backbones.masked import Masked
 from genkit.cli import main
 from genkit.conditions.captions import Captions, Encoder
@@ -27,6 +28,8 @@ from genkit.nn.context import Context
 from genkit.nn.layout import dense_layout
 from genkit.nn.text import bytes_of
 from genkit.nn.told import Told
+from genkit.objectives.edm import Edm
+from genkit.objectives.flow import Flow
 from genkit.objectives.masked import Masked as MaskedObjective
 from genkit.optional import is_installed
 from genkit.pipeline import open_run
@@ -384,6 +387,65 @@ def test_a_masked_generator_listens_and_zeros_are_nothing(name):
     context.chosen = torch.arange(16).expand(3, -1)
     light = model(ids.flatten(2), None, {name: given}, context.layout(layout, 3), {"context": context})
     torch.testing.assert_close(light.flatten(2, -2), said.flatten(2, -2), atol=1e-5, rtol=1e-5)
+
+
+# The diffusion transformer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["context", "text"])
+@pytest.mark.parametrize("objective", [Flow(), Edm()], ids=["flow", "edm"])
+def test_a_diffusion_transformer_listens_and_zeros_are_nothing(name, objective):
+    torch.manual_seed(0)
+    options = {"context_dim": 5} if name == "context" else {"text_length": 12}
+    attention = {"type": "attention", "num_heads": 2}
+    model = DiT(channels=3, num_classes=0, grid=(4, 6), dim=16, depth=2, mixer=attention, **options).eval()
+    x, t = torch.randn(3, 3, 4, 6), torch.tensor([0.1, 0.5, 0.9])
+    given = torch.randn(3, 2, 5) if name == "context" else bytes_of(["a bag", "a coat", "schön"], 12)
+    layout = dense_layout((4, 6))
+    assert (model(x, t, {name: given}, layout) == 0).all(), "fresh"
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    said, unsaid = (model(x, t, cond, layout) for cond in ({name: given}, {}))
+    assert (said - unsaid).abs().amax((1, 2, 3)).min() > 1e-3
+    torch.testing.assert_close(model(x, t, {name: given * 0}, layout), unsaid, atol=1e-5, rtol=1e-5)
+    alone = model(x[1:2], t[1:2], {name: given[1:2]}, layout)
+    torch.testing.assert_close(alone, said[1:2], atol=1e-5, rtol=1e-5)
+    # The predictor reads texts once; guided, its second half is told nothing.
+    plain, null, guided = (
+        guide(objective, model, cond, layout, Guidance(strength))(x, t.double())[0]
+        for cond, strength in (({name: given}, 1.0), ({}, 1.0), ({name: given}, 3.0))
+    )
+    torch.testing.assert_close(guided, torch.lerp(null, plain, 3.0), atol=1e-4, rtol=1e-5)
+
+
+def test_a_diffusion_transformer_without_a_context_has_no_attention_to_one():
+    attention = {"type": "attention", "num_heads": 2}
+    told, plain = (
+        DiT(channels=3, num_classes=0, grid=(4, 4), dim=16, depth=1, mixer=attention, patch_size=1, **options)
+        for options in ({"context_dim": 5}, {})
+    )
+    assert {name for name in told.state_dict() if name not in plain.state_dict()} == {
+        *(f"blocks.0.cross.{part}.weight" for part in ("q", "kv", "proj")),
+        *(f"blocks.0.cross_norm.{part}" for part in ("weight", "bias")),
+    }
+    with pytest.raises(UsageError, match=r"the context is \[2, 3, 6\], expected \[B, k, 5\]"):
+        told(torch.zeros(2, 3, 4, 4), torch.zeros(2), {"context": torch.ones(2, 3, 6)}, dense_layout((4, 4)))
+
+
+def test_retrieval_augmented_diffusion_from_recipe_to_another_database(here):
+    own = {
+        "backbone": {"type": "dit", "dim": 16, "depth": 2, "patch_size": 1, "mixer": GENERATOR["backbone"]["mixer"]},
+        "objective": {"type": "flow"},
+        "sampler": {"type": "euler", "num_steps": 2, "guidance": 2.0, "reuse": {"type": "skip_blocks"}},
+    }
+    train(GENERATOR | own | {"name": "rdm", "condition": {"type": "neighbours", "k": 3}}, SHORT)
+    pipe = lively("rdm")
+    labels, seeds = torch.tensor([8, 1]), [1, 2]
+    first = pipe.generate(labels, seeds)
+    torch.testing.assert_close(pipe.generate(labels[1:], seeds[1:]), first[1:], atol=1e-4, rtol=0)
+    bags = pipe.told.open("fashion:val").of_classes([8])
+    assert not torch.equal(pipe.generate(labels[:1], seeds[:1], database=bags), first[:1])
 
 
 def test_texts_are_read_once_for_all_steps():

@@ -24,6 +24,7 @@ from genkit.nn.grid_positions import GridPositions
 from genkit.nn.mlp import MLP
 from genkit.nn.patch import PatchSize, patch_sides, patchify, real_only, token_grid, token_layout, unpatchify
 from genkit.nn.through import through
+from genkit.nn.told import Told
 from genkit.registry import MixerSpec, maker
 
 ATTENTION: MixerSpec = {"type": "attention", "num_heads": 6, "qk_norm": False, "rope": False}
@@ -49,11 +50,13 @@ class DiT(ModelMixin, ConfigMixin):
         freq_shift, mlp_norm_eps: 0 and 1e-6 in DiT and SiT; 1 and 1e-5 in diffusers' DiTTransformer2DModel. Set from where weights come from.
         own_conditions: embeddings of time and class for every block, the first block's for the head too: how diffusers keeps them.
         dropout: on both residual branches.
+        context_dim, text_length: what every block attends to besides, see genkit.nn.told; the section `condition` of a recipe sets them.
 
     Raises: UsageError for sizes that do not fit each other.
     """
 
     _supports_gradient_checkpointing = True
+    answers = "noisy latents"
     heeds = (BLOCKS,)
 
     @register_to_config
@@ -78,6 +81,8 @@ class DiT(ModelMixin, ConfigMixin):
         mlp_norm_eps: float = 1e-6,
         own_conditions: bool = False,
         dropout: float = 0.0,
+        context_dim: int | None = None,
+        text_length: int | None = None,
     ):
         super().__init__()
         if depth < 1:
@@ -95,6 +100,7 @@ class DiT(ModelMixin, ConfigMixin):
             )
             for _ in range(depth if own_conditions else 1)
         )
+        self.told = Told(dim=dim, context_dim=context_dim, text_length=text_length)
         self.blocks = nn.ModuleList(
             AdaLNBlock(
                 dim=dim,
@@ -102,6 +108,7 @@ class DiT(ModelMixin, ConfigMixin):
                 mlp=MLP(dim=dim, mlp_ratio=mlp_ratio, approximate=gelu),
                 dropout=dropout,
                 mlp_norm_eps=mlp_norm_eps,
+                cross=self.told.attention(),
             )
             for i in range(depth)
         )
@@ -122,7 +129,7 @@ class DiT(ModelMixin, ConfigMixin):
         Args:
             x: [B, C, *grid].
             t: a number, one per sample [B], or None where time means nothing.
-            cond: "label" [B] int64, -1 = null class.
+            cond: "label" [B] int64, -1 = null class; "context" or "text", see genkit.nn.told.
             layout: its `valid` [B, cells of x] says which cells are real; nothing else of it is read.
             cache: handed to the mixers; may skip blocks (see nn.through).
 
@@ -135,12 +142,13 @@ class DiT(ModelMixin, ConfigMixin):
         h = self.embed(patchify(x, self.sides))  # [B, N, D]
         h = h + self.position(tokens.grid, x.device).to(h.dtype)
         conditions = [condition(t, cond, B) for condition in self.conditions]  # [B, D] each
+        told = self.told(cond)
 
         def run(i: int, h: Tensor) -> Tensor:
             c = conditions[i % len(conditions)]
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                return self._gradient_checkpointing_func(self.blocks[i], h, c, tokens, cache)
-            return self.blocks[i](h, c, tokens, cache)
+                return self._gradient_checkpointing_func(self.blocks[i], h, c, tokens, cache, None, None, told)
+            return self.blocks[i](h, c, tokens, cache, context=told)
 
         h = through(len(self.blocks), h, run, cache)
         return unpatchify(real_only(self.head(h, conditions[0]), tokens), tokens.grid, self.sides)

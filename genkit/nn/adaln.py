@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, addcmul, nn
 
 from genkit.interfaces import Cache, Layout
+from genkit.nn.cross_attention import CrossAttention
 from genkit.nn.drop_path import DropPath
 from genkit.nn.dropout import Dropout
 from genkit.nn.gated_mlp import GatedMLP
@@ -12,7 +13,8 @@ from genkit.nn.norm import Norm, make_norm, modulate
 
 
 class AdaLNBlock(nn.Module):
-    """h [B, N, D] -> the same: mixer and perceptron, each in a residual branch with shift, scale and gate from the condition.
+    """h [B, N, D] -> the same: mixer and perceptron, each in a residual branch with shift, scale and gate from the condition; with a context, attention to it
+    between them, as PixArt-alpha (Chen et al., ICLR 2024), here behind a layer norm.
 
     Args:
         mixer, mlp: [B, N, D] -> [B, N, D].
@@ -20,6 +22,7 @@ class AdaLNBlock(nn.Module):
         dropout, drop_path: on both branches.
         modulation: a part of its own that makes the six vectors, [B, D] -> [B, 6 D].
         norm, norm_eps: of both branches.
+        cross: attention to a context; None = there is none.
         mlp_norm_eps: of the norm before the perceptron alone, where that is the layer norm; by default norm_eps.
     """
 
@@ -36,9 +39,12 @@ class AdaLNBlock(nn.Module):
         mlp_norm_eps: float | None = None,
         norm: Norm = "layer",
         norm_eps: float = 1e-6,
+        cross: CrossAttention | None = None,
     ):
         super().__init__()
         self.mixer, self.mlp, self.norm_eps = mixer, mlp, norm_eps
+        self.cross = cross
+        self.cross_norm = None if cross is None else nn.LayerNorm(dim, eps=norm_eps)
         self.mlp_norm_eps = norm_eps if mlp_norm_eps is None else mlp_norm_eps
         self.norms = None if norm == "layer" else nn.ModuleList(make_norm(norm, dim, norm_eps) for _ in range(2))
         self.dropout = Dropout(dropout)
@@ -58,24 +64,31 @@ class AdaLNBlock(nn.Module):
         cache: Cache | None = None,
         shared: Tensor | None = None,
         sample: Tensor | None = None,
+        context: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
         """
         Args:
             c: condition after its SiLU, [B, D].
             shared: [B, 6 D], added to the block's own six vectors.
             sample: [M] int64, of packed tokens h [M, D]: which sample of the batch each belongs to. The mixer is then given [M, D] too.
+            context: vectors [B, k, E] that are attended to and which of them are real [B, k], see nn.told; None = nothing is said.
         """
         vectors = self.modulation(c) if shared is None else self.modulation(c) + shared
         mix_shift, mix_scale, mix_gate, shift, scale, gate = per_token(vectors, sample).chunk(6, dim=-1)
         mix_norm, mlp_norm = (None, None) if self.norms is None else self.norms
         mixed = self.mixer(modulate(h, mix_shift, mix_scale, self.norm_eps, mix_norm), layout, cache)
         h = addcmul(h, mix_gate, self.drop_path(self.dropout(mixed)))
+        if self.cross is not None and self.cross_norm is not None and context is not None:
+            h = h + self.drop_path(self.dropout(self.cross(self.cross_norm(h), *context)))
         widened = self.mlp(modulate(h, shift, scale, self.mlp_norm_eps, mlp_norm))
         return addcmul(h, gate, self.drop_path(self.dropout(widened)))
 
     def initialise(self) -> None:
         """The perceptron as in DiT; what the six vectors are made by 0, so that the block is the identity. The mixer stays as it is."""
         init_linears(self.mlp)
+        if self.cross is not None:
+            init_linears(self.cross)
+            init_zero(self.cross.proj)
         if isinstance(self.modulation, nn.Sequential):
             init_linears(self.modulation[0])
             init_zero(self.modulation[1])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from genkit.errors import UsageError
 from genkit.interfaces import Cond
 from genkit.nn.cross_attention import CrossAttention
 from genkit.nn.text import TextEncoder
+from genkit.nn.wrapped import unwrapped
 
 
 class Told(nn.Module):
@@ -60,6 +63,12 @@ class Told(nn.Module):
         states, valid = self.text(cond["text"])
         rest = {name: value for name, value in cond.items() if name != "text"}
         return {**rest, "context": states * valid.unsqueeze(-1)}
+
+
+def once(model: Any, cond: Cond) -> Cond:
+    """The condition for a model that is asked many times: with its texts read, where the model reads texts."""
+    told = getattr(unwrapped(model), "told", None)
+    return cond if told is None else told.once(cond)
 
 
 def num_heads_of(dim: int) -> int:

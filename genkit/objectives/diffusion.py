@@ -11,6 +11,7 @@ from torch import Tensor
 from genkit.errors import UsageError
 from genkit.interfaces import Cond, Layout, Predict
 from genkit.nn.paths import Discrete, Predictor, along
+from genkit.nn.told import once
 from genkit.objectives.denoising import noise_like, per_sample
 from genkit.objectives.dropping import drop
 from genkit.rng import Rng
@@ -31,6 +32,7 @@ class Diffusion:
     """
 
     target = "z"
+    asks = "noisy latents"
 
     def __init__(
         self,
@@ -109,6 +111,7 @@ class Diffusion:
 
     def predictor(self, model: Any, cond: Cond, layout: Layout) -> Predict:
         """(x_t [B, C, *grid], t [] or [B]) -> (x0, noise), and of a network with variances a third tensor, f in about [0, 1]."""
+        cond = once(model, cond)
 
         def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:
             C = x_t.shape[1]

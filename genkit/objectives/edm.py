@@ -10,6 +10,7 @@ from torch import Tensor
 from genkit.errors import UsageError
 from genkit.interfaces import Cond, Layout, Predict
 from genkit.nn.paths import Exploding, Predictor, along
+from genkit.nn.told import once
 from genkit.objectives.denoising import noise_like, per_sample
 from genkit.objectives.dropping import drop
 from genkit.rng import Rng
@@ -26,6 +27,7 @@ class Edm:
     """
 
     target = "z"
+    asks = "noisy latents"
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class Edm:
 
     def predictor(self, model: Any, cond: Cond, layout: Layout) -> Predict:
         """(x_t [B, C, *grid], t [] or [B]) -> (x0, noise)."""
+        cond = once(model, cond)
 
         def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             sigma = self.path.sigma(t)

@@ -10,6 +10,7 @@ from torch import Tensor
 from genkit.errors import UsageError
 from genkit.interfaces import Cond, Layout, Predict
 from genkit.nn.paths import Predictor, Straight, Trigonometric, along
+from genkit.nn.told import once
 from genkit.objectives.denoising import noise_like, per_sample
 from genkit.objectives.dropping import drop
 from genkit.rng import Rng
@@ -29,6 +30,7 @@ class Flow:
     """
 
     target = "z"
+    asks = "noisy latents"
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class Flow:
 
     def predictor(self, model: Any, cond: Cond, layout: Layout) -> Predict:
         """(x_t [B, C, *grid], t [] or [B]) -> (x0, noise)."""
+        cond = once(model, cond)
 
         def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             v = self.velocity(model, x_t, t, cond, layout).float()

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout, PredictIds
 from genkit.nn.context import context_of
+from genkit.nn.told import once
 from genkit.nn.wrapped import unwrapped
 from genkit.objectives.dropping import drop
 from genkit.objectives.masking import ranks, truncated_normal
@@ -40,6 +41,7 @@ class Masked:
     """
 
     target = "ids"  # what of the data it learns
+    asks = "masked ids"
     fills_holes = True  # sampling may start from what is known of an image
 
     def __init__(
@@ -120,8 +122,7 @@ class Masked:
 
     def predictor(self, model: Any, cond: Cond, layout: Layout) -> PredictIds:
         """(ids, known, cache) -> logits [B, Q, *grid, S] of the model under this condition."""
-        said = getattr(unwrapped(model), "told", None)
-        cond = cond if said is None else said.once(cond)
+        cond = once(model, cond)
 
         def predict(ids: Tensor, known: Tensor, cache: Cache | None = None) -> Tensor:
             x, context = torch.where(known, ids, mask_id(model)), context_of(cache)

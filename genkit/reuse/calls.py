@@ -60,6 +60,11 @@ class Carried:
         self.kept: dict[torch.Size, Kept] = {}
         self._made: dict[torch.Size, int] = {}  # shape -> the call that kept
 
+    @property
+    def told(self) -> Any:
+        """What reads the condition, see nn.told; None where nothing does."""
+        return getattr(self.model, "told", None)
+
     def __call__(self, x: Tensor, t: Tensor | None, cond: Cond, layout: Layout, cache: Cache | None = None) -> Tensor:
         call, shape = self.calls, x.shape
         self.calls += 1
