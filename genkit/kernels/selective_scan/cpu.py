@@ -10,8 +10,10 @@ from torch import Tensor
 from genkit import memory, native
 
 
-def refuses(u: Tensor, *others: Any) -> str | None:
+def refuses(u: Tensor, delta: Tensor, A: Tensor, *others: Any) -> str | None:
     """Why these arguments need another path."""
+    if A.is_complex():
+        return "it computes in real numbers, A is complex"
     return "it computes in float32, these are torch.float64" if u.dtype == torch.float64 else None
 
 

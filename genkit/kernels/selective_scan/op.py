@@ -35,14 +35,16 @@ def selective_scan(
         h_t = exp(d_t A) h_{t-1} + d_t u_t B_t        per channel and state; zero-order hold for A, Euler for B, as published
         y_t = (C_t . h_t + D_skip u_t) silu(z_t)      without the last factor where z is None
 
+    Where A is complex, so are B, C and the state: each stands for itself and its conjugate, and y has 2 Re(C_t . h_t).
+
     All arithmetic is in float32, or float64 where u is. Everything but the switches is differentiable, the returned state too.
 
     Args:
         u: [B, N, D], the input.
         delta: [B, N, D], the step size before bias and softplus; dtype of u.
-        A: [D, R], the decay rate, negative for a state that fades; R <= 256. Mamba trains log(-A).
-        B, C: [B, N, R], or [B, N, G, R] where D / G adjacent channels share a group; dtype of u. Or [D, R], one for each channel and the same for all
-            tokens. Where the two have different groups, both are laid out in their least common multiple, constant ones in D of them: memory for that
+        A: [D, R], the decay rate, its real part negative for a state that fades; R <= 256. Mamba trains log(-A). Complex ones run by torch alone.
+        B, C: [B, N, R], or [B, N, G, R] where D / G adjacent channels share a group; dtype of u, or that of a complex A. Or [D, R], one for each channel
+            and the same for all tokens. Where the two have different groups, both are laid out in their least common multiple, constant ones in D of them: memory for that
             many values per token.
         D_skip: [D], weight of the input in the output; None = 0.
         z: [B, N, D], the gate; dtype of u; None = no gate.
@@ -50,14 +52,15 @@ def selective_scan(
         delta_softplus: whether delta + delta_bias goes through softplus.
         initial_state: [B, D, R], the state before the first token; None = 0.
         reverse: the recurrence runs from the last token to the first, and initial_state stands behind the last.
-        return_state: also return the state after the token that comes last in the recurrence, [B, D, R] in float32 (float64 where u is).
+        return_state: also return the state after the token that comes last in the recurrence, [B, D, R] in float32 (float64 where u is), or the complex
+            numbers of that precision.
         path: see genkit.dispatch.
 
     A, D_skip, delta_bias and initial_state may be float32 beside inputs of lower precision.
 
     The published code (state-spaces/mamba mamba_ssm/ops/selective_scan_interface.py) keeps channels before tokens: there u, delta and z are [B, D, N],
-    B and C are [B, R, N] or [B, G, R, N]. Each is moveaxis(-1, 1) of its name here. Its complex A is not covered (s5 and linrec take complex numbers);
-    unlike it, this takes an initial state and the gradient of the returned one.
+    B and C are [B, R, N] or [B, G, R, N]. Each is moveaxis(-1, 1) of its name here. Beside a complex A its B and C hold real and imaginary parts as
+    neighbours along 2 N; here they are complex. Unlike it, this takes an initial state and the gradient of the returned one.
 
     Raises: ValueError for shapes, dtypes or devices that do not fit, naming the argument; UsageError for a path that cannot run.
     """
@@ -76,6 +79,7 @@ def selective_scan(
         groups = math.lcm(B.shape[2], C.shape[2])
         B, C = (x.repeat_interleave(groups // x.shape[2], 2) for x in (B, C))
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    number = torch.promote_types(wide, torch.complex64)
     tokens: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
         ("delta", delta, (batch, N, D)),
         ("z", z, (batch, N, D)),
@@ -93,12 +97,16 @@ def selective_scan(
             raise ValueError(f"selective_scan: {name} must be {list(shape)} to go with u, got {list(given.shape)}")
         if given.device != u.device:
             raise ValueError(f"selective_scan: {name} is on {given.device}, u on {u.device}; they must agree")
-        allowed = {u.dtype, wide} if name in ("A", "D_skip", "delta_bias", "initial_state") else {u.dtype}
+        if A.is_complex() and name in ("A", "B", "C", "initial_state"):
+            allowed = {number}
+        else:
+            allowed = {u.dtype, wide} if name in ("A", "D_skip", "delta_bias", "initial_state") else {u.dtype}
         if given.dtype not in allowed:
             expected = " or ".join(sorted(map(str, allowed)))
-            raise ValueError(f"selective_scan: {name} must be {expected} beside u of {u.dtype}, got {given.dtype}")
+            beside = f"u of {u.dtype}" + (f" and A of {A.dtype}" if A.is_complex() or given.is_complex() else "")
+            raise ValueError(f"selective_scan: {name} must be {expected} beside {beside}, got {given.dtype}")
     if initial_state is None:
-        initial_state = u.new_zeros(batch, D, R, dtype=wide)
+        initial_state = u.new_zeros(batch, D, R, dtype=number if A.is_complex() else wide)
     y, state = _selective_scan(
         path, u, delta, A, B, C, D_skip, z, delta_bias, initial_state, bool(delta_softplus), bool(reverse)
     )

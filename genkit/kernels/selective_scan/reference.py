@@ -23,7 +23,8 @@ def selective_scan(
     """As `op.selective_scan`, arguments checked and given in full, B and C [B, N, G, R]; returns y and the last state."""
     dtype = u.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    u, delta, A, B, C, h = (x.to(wide) for x in (u, delta, A, B, C, initial_state))
+    u, delta = u.to(wide), delta.to(wide)
+    A, B, C, h = (x.to(torch.promote_types(wide, A.dtype)) for x in (A, B, C, initial_state))
     per_group = u.shape[2] // B.shape[2]
     if delta_bias is not None:
         delta = delta + delta_bias.to(wide)
@@ -37,6 +38,8 @@ def selective_scan(
         h = torch.exp(d * A) * h + d * u[:, t, :, None] * B_t
         out.append((C_t * h).sum(2))
     y = torch.stack(out[::-1] if reverse else out, dim=1)  # [B, N, D]
+    if y.is_complex():
+        y = 2 * y.real  # of each state and its conjugate
     if D_skip is not None:
         y = y + D_skip.to(wide) * u
     if z is not None:

@@ -29,7 +29,8 @@ def selective_scan(
     """As `reference.selective_scan`. States exist for one stretch of 256 tokens at a time; the backward pass computes each stretch again."""
     dtype, N = u.dtype, u.shape[1]
     wide = torch.promote_types(dtype, torch.float32)
-    u, d, A, B, C, h = (x.to(wide) for x in (u, delta, A, B, C, initial_state))
+    u, d = u.to(wide), delta.to(wide)
+    A, B, C, h = (x.to(torch.promote_types(wide, A.dtype)) for x in (A, B, C, initial_state))
     if delta_bias is not None:
         d = d + delta_bias.to(wide)
     d = softplus(d, threshold=20) if delta_softplus else d
@@ -43,6 +44,8 @@ def selective_scan(
         pieces.append(piece)
     y = torch.cat(pieces, 1)[:, :N]
     y = y.flip(1) if reverse else y
+    if y.is_complex():
+        y = 2 * y.real
     if D_skip is not None:
         y = y + D_skip.to(wide) * u
     if z is not None:

@@ -281,8 +281,10 @@ def _backward_kernel(
         tl.store(dfirst + batch * D * R + tile, carry, mask=mask)
 
 
-def refuses(u: Tensor, *others: Any) -> str | None:
+def refuses(u: Tensor, delta: Tensor, A: Tensor, *others: Any) -> str | None:
     """Why these arguments need another path."""
+    if A.is_complex():
+        return "it computes in real numbers, A is complex"
     return "it computes in float32, these are torch.float64" if u.dtype == torch.float64 else None
 
 
