@@ -21,8 +21,8 @@ from genkit.errors import GenkitError, UsageError
 from genkit.interfaces import Cond
 from genkit.meshes.lines import outlined
 from genkit.meshes.mesh import Mesh, normalised
-from genkit.meshes.pictures import DEGREES, DISTANCE
-from genkit.meshes.render import orbit
+from genkit.meshes.pictures import DISTANCE
+from genkit.meshes.render import Camera, orbit
 from genkit.meshes.shading import portrait
 from genkit.optional import require
 from genkit.rng import Rng
@@ -170,15 +170,14 @@ class Pictures:
         """[views, size, size] in [0, 1]: cameras, strength of the ink and width of the lines belong to the shape's number and the view."""
         numbers = Rng.at(self.seed, number, 1).fork(split).uniform(self.views, 3)[0]
         fitted = normalised(mesh, to="sphere", size=1.0)
-        rough = 3 * self.size // 2  # cutting out leaves fewer pixels
         found = []
         for view, (a, e, strength) in enumerate(numbers.tolist()):
             azimuth, elevation = (low + u * (high - low) for u, (low, high) in zip((a, e), self.ranges, strict=True))
-            camera = orbit(azimuth, elevation, DISTANCE, DEGREES)
+            camera = _filled(fitted, orbit(azimuth, elevation, DISTANCE))
             if self.kind == "sketch" or (self.kind == "both" and view % 2):
-                ink = outlined(fitted, camera, rough, width=(1 + strength) * self.size / 64)
+                ink = outlined(fitted, camera, self.size, width=(1 + strength) * self.size / 64)
             else:
-                grey = (1 - portrait(fitted, camera, rough).mean(0)) / 2
+                grey = (1 - portrait(fitted, camera, self.size).mean(0)) / 2
                 ink = (grey * (0.7 + 0.8 * strength)).clamp(0, 1)
             found.append(framed(ink, self.size))
         return torch.stack(found)
@@ -263,6 +262,13 @@ class Pictures:
         if self.encoder is None:
             return {"picture": ink.to(device)}
         return {"context": self.encoder(ink).to(device)}
+
+
+def _filled(mesh: Mesh, camera: Camera) -> Camera:
+    """The camera with an angle at which the mesh just fits: few pixels are drawn that are cut off later."""
+    right, up, back = ((mesh.vertices - camera.eye) @ camera.axes.T).unbind(1)
+    reach = float((torch.maximum(right.abs(), up.abs()) / -back).max())
+    return Camera(camera.eye, math.degrees(2 * math.atan(reach * 1.03)))
 
 
 def framed(ink: Tensor, size: int) -> Tensor:

@@ -49,12 +49,12 @@ class Mesh:
         """[F]."""
         return self.crosses.norm(dim=1) / 2
 
-    @property
+    @cached_property
     def normals(self) -> Tensor:
         """[F, 3] of length 1; 0 for a face without area."""
         return torch.nn.functional.normalize(self.crosses, dim=1)
 
-    @property
+    @cached_property
     def vertex_normals(self) -> Tensor:
         """[V, 3] of length 1: the mean over the faces around, weighted by area."""
         total = torch.zeros_like(self.vertices)
