@@ -88,7 +88,8 @@ def run_octformer(case: Case) -> Outputs:
     window, dilation, data = config["patch_size"], config["dilation"], case.inputs["data"]
     is_dense = not config.get("nempty", len(data) == octree.count_occupied(d))
     options = {"num_heads": config["num_heads"], "window": window, "dilation": dilation, "is_dense": is_dense}
-    stage = octformer.stage(case.weights, **options, qk_scale=config.get("qk_scale"))
+    activation = config.get("activation", "GELU")
+    stage = octformer.stage(case.weights, **options, qk_scale=config.get("qk_scale"), activation=activation)
     xyz, samples = octree.xyz(d), octree.samples(d)
     if not is_dense:
         xyz, samples = xyz[octree.occupied(d)], samples[octree.occupied(d)]

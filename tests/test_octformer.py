@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genkit.errors import GenkitError
+from genkit.errors import GenkitError, UsageError
 from genkit.importers import octformer as importer
 from genkit.nn.octformer import OctFormerStage, PositionConv
 from genkit.octree import build
@@ -69,9 +69,28 @@ def test_another_scale_of_the_scores_goes_into_the_queries():
     usual = importer.stage(state, **options)
     told = importer.stage(state, **options, qk_scale=(DIM / 2) ** -0.5)
     torch.testing.assert_close(told(x, tree, DEPTH), usual(x, tree, DEPTH))
-    flat = importer.stage(state, **options, qk_scale=0.0)
-    assert not flat[0].attention.qkv.weight[:DIM].any()
-    assert torch.equal(flat[0].attention.qkv.weight[DIM:], usual[0].attention.qkv.weight[DIM:])
+    assert torch.equal(importer.stage(state, **options, qk_scale=0.0)(x, tree, DEPTH), usual(x, tree, DEPTH))
+    sharp = importer.stage(state, **options, qk_scale=2 * (DIM / 2) ** -0.5)
+    torch.testing.assert_close(sharp[0].attention.qkv.weight[:DIM], 2 * usual[0].attention.qkv.weight[:DIM])
+    assert torch.equal(sharp[0].attention.qkv.weight[DIM:], usual[0].attention.qkv.weight[DIM:])
+
+
+@pytest.mark.parametrize("word", ["ReLU", "torch.nn.SiLU", "<class 'torch.nn.modules.activation.Tanh'>"])
+def test_the_activation_of_the_original_is_told(word):
+    torch.manual_seed(0)
+    tree = octree()
+    x = torch.randn(tree.count_occupied(DEPTH), DIM)
+    state = exported(OctFormerStage(DIM, 2, 1, window=8, dilation=2))
+    options = {"num_heads": 2, "window": 8, "dilation": 2}
+    usual, told = (importer.stage(state, **options, **activation) for activation in ({}, {"activation": word}))
+    f = {"R": torch.relu, "S": lambda h: h * torch.sigmoid(h), "T": torch.tanh}[word.rpartition(".")[2][0]]
+    fc1, _, fc2 = usual[0].mlp
+    torch.testing.assert_close(told[0].mlp(x), fc2(f(fc1(x))))
+    assert (told(x, tree, DEPTH) - usual(x, tree, DEPTH)).abs().max() > 1e-3
+    with pytest.raises(
+        UsageError, match=r"activation=PReLU of a stage of an OctFormer is not supported, only GELU, ReLU"
+    ):
+        importer.stage(state, **options, activation="PReLU")
 
 
 def test_the_depthwise_positions_weigh_every_channel_by_itself():

@@ -7,6 +7,7 @@ Wang, "OctFormer: Octree-based Transformers for 3D Point Clouds", 2023; `octree-
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,7 @@ class OctFormerBlock(nn.Module):
         has_bias: bool = True,
         is_depthwise: bool = False,
         is_dense: bool = False,
+        activation: type[nn.Module] = nn.GELU,
     ):
         super().__init__()
         self.is_dense = is_dense
@@ -111,7 +113,7 @@ class OctFormerBlock(nn.Module):
         )
         self.norm2 = nn.LayerNorm(dim)
         hidden = int(dim * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), activation(), nn.Linear(hidden, dim))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, octree: Octree, depth: int) -> Tensor:
@@ -133,12 +135,9 @@ class OctFormerBlock(nn.Module):
 class OctFormerStage(nn.Sequential):
     """Blocks by turns without and with dilation."""
 
-    def __init__(self, dim: int, num_heads: int, depth: int, *, dilation: int = 4, **options: float | int | bool):
+    def __init__(self, dim: int, num_heads: int, depth: int, *, dilation: int = 4, **options: Any):
         super().__init__(
-            *(
-                OctFormerBlock(dim, num_heads, dilation=1 if i % 2 == 0 else dilation, **options)  # type: ignore[arg-type]
-                for i in range(depth)
-            )
+            *(OctFormerBlock(dim, num_heads, dilation=1 if i % 2 == 0 else dilation, **options) for i in range(depth))
         )
 
     def forward(self, x: Tensor, octree: Octree, depth: int) -> Tensor:  # type: ignore[override]
