@@ -121,6 +121,17 @@ SECTIONS = (
 FREE = ("log.", "train.num_workers", "train.micro_batch_size", "extends")
 
 
+# What samplers draw, by what they call.
+DRAWN = {
+    "Predict": "noisy latents",
+    "PredictIds": "ids that were masked",
+    "PredictNext": "ids in sequence",
+    "PredictTokens": "continuous tokens",
+    "PredictMixture": "sums of codes",
+    "PredictTree": "octrees",
+}
+
+
 class Config(dict[str, Any]):
     """Checked plain data, with where each key was set (`places`) and the file it came from (`file`)."""
 
@@ -322,6 +333,8 @@ def check(data: dict[str, Any], file: str = "", places: dict[str, str] | None = 
         if data.get("condition"):
             raise UsageError(f"a tokenizer is told nothing; remove the section `condition`{at('condition')}")
     config["objective"] = registry.check("objective", data.get("objective"), "objective", config.where)
+    if "backbone" in config:
+        check_backbone(config["backbone"], config["objective"], config.where("backbone.type"))
     for section, kind, called in (("sampler", dict, "mapping"), ("metrics", list, "list")):
         if data.get(section) and not isinstance(data[section], kind):
             raise UsageError(f"{section} must be a {called}, found {data[section]!r}{at(section)}")
@@ -367,17 +380,31 @@ def _sampler(values: dict[str, Any], config: Config) -> dict[str, Any]:
 
 
 def check_sampler(section: Mapping[str, Any], objective: Mapping[str, Any], place: str = "") -> None:
-    """Raises UsageError for a sampler of noisy latents with an objective that learns something else, or the other way round. What a sampler calls and
-    what an objective gives is read from their signatures (genkit.interfaces.Predict)."""
+    """Raises UsageError for a sampler that draws something else than the objective learns. What a sampler calls and what an objective gives is read from
+    their signatures (genkit.interfaces.Predict); where one does not say, nothing is checked."""
     asked, given = _asked(section["type"]), _annotation(registry.find("objective", objective["type"]), "predictor")
-    if "Predict" not in (asked, given) or asked == given or {asked, given} & {"", "Any"}:
+    if asked == given or {asked, given} & {"", "Any"}:
         return
     fitting = [name for name in registry.words("sampler") if _asked(name) == given]
-    draws = ("noisy latents", "ids") if asked == "Predict" else ("ids", "noisy latents")
     at = f" [{place}]" if place else ""
     raise UsageError(
-        f"sampler.type={section['type']} draws {draws[0]}, and objective.type={objective['type']} learns {draws[1]}; samplers that go with it: "
-        f"{', '.join(fitting) or 'none'}{at}"
+        f"sampler.type={section['type']} draws {DRAWN.get(asked, asked)}, and objective.type={objective['type']} learns {DRAWN.get(given, given)}; "
+        f"samplers that go with it: {', '.join(fitting) or 'none'}{at}"
+    )
+
+
+def check_backbone(section: Mapping[str, Any], objective: Mapping[str, Any], place: str = "") -> None:
+    """Raises UsageError for a backbone that does not answer what the objective asks; where one does not say, nothing is checked."""
+    given = getattr(registry.find("backbone", section["type"]), "answers", None)
+    asked = getattr(registry.find("objective", objective["type"]), "asks", None)
+    if given == asked or None in (given, asked):
+        return
+    backbones = [w for w in registry.words("backbone") if getattr(registry.find("backbone", w), "answers", "") == asked]
+    objectives = [w for w in registry.words("objective") if getattr(registry.find("objective", w), "asks", "") == given]
+    at = f" [{place}]" if place else ""
+    raise UsageError(
+        f"objective.type={objective['type']} learns {asked}, and backbone.type={section['type']} is made for {given}; backbones that go with the objective: "
+        f"{', '.join(backbones) or 'none'}; objectives that go with the backbone: {', '.join(objectives) or 'none'}{at}"
     )
 
 

@@ -76,7 +76,8 @@ def read(pipeline: Any, image: str | Path, keep: str, grid: tuple[int, ...] | No
     with torch.no_grad():
         encoded = tokenizer.encode(x.to(pipeline.device))
     holes = is_open.to(pipeline.device)
-    start = encoded.z.masked_fill(holes, torch.nan) if encoded.ids is None else encoded.ids.masked_fill(holes, -1)
+    draws_ids = getattr(registry.find("objective", word), "target", "") == "ids"
+    start = encoded.ids.masked_fill(holes, -1) if draws_ids else encoded.z.masked_fill(holes, torch.nan)
     kept = ~is_open.repeat_interleave(cell, 2).repeat_interleave(cell, 3)
     digest = hashlib.sha256(Path(image).read_bytes()).hexdigest()[:16]
     return Known(start, x, kept, {"image": str(image), "sha256": digest, "keep": keep})

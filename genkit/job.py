@@ -23,6 +23,7 @@ from genkit.data.loader import batches, read_all
 from genkit.ema import Ema
 from genkit.errors import UsageError
 from genkit.interfaces import Cond, Layout
+from genkit.nn.grid_tokenizer import latent_grid
 from genkit.nn.latents import LatentStats
 from genkit.nn.layout import dense_layout, padded_layout
 from genkit.optim import adamw
@@ -104,15 +105,15 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
         run = open_on_main(accelerator, out, config, source)
     else:
         tokenizer, fingerprint = caching.tokenizer_of(config, accelerator.device)
+        check_tokenizer(objective, tokenizer, config["objective"]["type"])
+        if hasattr(objective, "bind"):
+            objective.bind(tokenizer)
         run = open_on_main(accelerator, out, config, source)
         with accelerator.main_process_first():
             dataset = caching.token_dataset(config, tokenizer, fingerprint, out.parent / "cache", accelerator.device)
-        if objective.target == "ids" and getattr(dataset, "word", "z") != "ids":
-            raise UsageError(
-                f"objective.type={config['objective']['type']} learns ids, and the tokenizer {type(tokenizer).__name__} makes continuous latents; take a "
-                "tokenizer with a codebook (vq, rvq, fsq, ...), or an objective of latents: flow, diffusion, edm, mar"
-            )
         grid = tuple(dataset.meta["grid"])
+        if objective.target == "z":
+            grid = latent_grid(tokenizer, grid)
         class_names = tuple(dataset.info.class_names)
         layout = dense_layout(grid, device=accelerator.device)
         condition = registry.build(
@@ -127,20 +128,7 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
         if hasattr(condition, "prepare"):
             with accelerator.main_process_first():
                 condition.prepare(len(dataset))
-        model = registry.build(
-            "backbone",
-            told(config, condition.takes),
-            channels=tokenizer.channels,
-            codebook_size=tokenizer.codebook_size,
-            num_levels=tokenizer.num_levels,
-            num_classes=condition.takes["num_classes"],
-            grid=grid,
-            patch_sizes=getattr(tokenizer, "patch_sizes", None),
-            num_grains=getattr(tokenizer, "num_grains", None),
-            **{name: getattr(tokenizer, name, None) for name in ("bits", "full_depth", "code_depth")},
-        )
-        if hasattr(objective, "bind"):
-            objective.bind(tokenizer)
+        model = backbone_of(config, tokenizer, condition.takes, grid)
         check_sizes(model, dataset, config, tokenizer.channels)
     torch.manual_seed(derive(settings["seed"], accelerator.process_index))  # dropout, another mask in every process
     model.to(accelerator.device)
@@ -180,6 +168,40 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
         record_start(job)
         job.board = tensorboard(run)
     return job
+
+
+def check_tokenizer(objective: Any, tokenizer: Any, word: str) -> None:
+    """Raises UsageError for a tokenizer that does not make what the objective learns: octrees, ids at all, or ids on the grid of its latents."""
+    asked, made = getattr(objective, "asks", None), type(tokenizer).__name__
+    is_tree = hasattr(tokenizer, "code_depth")
+    if asked is not None and is_tree != (asked == "octrees"):
+        raise UsageError(
+            f"objective.type={word} learns {asked}, and the tokenizer {made} makes {'octrees' if is_tree else 'none'}; take "
+            + ("objective.type=octree_masked" if is_tree else "the tokenizer octree_vq")
+            + ", or another recipe"
+        )
+    if objective.target != "ids" or is_tree:
+        return
+    if not tokenizer.num_levels:
+        raise UsageError(
+            f"objective.type={word} learns ids, and the tokenizer {made} makes continuous latents; take a tokenizer with a codebook (vq, rvq, fsq, ...), or "
+            "an objective of latents: flow, diffusion, edm, mar"
+        )
+
+
+def backbone_of(job_config: configs.Config, tokenizer: Any, takes: Mapping[str, int], grid: tuple[int, ...]) -> Any:
+    """The network of a generator, with what follows from its tokenizer and its condition. Raises UsageError where they do not fit."""
+    named = ("patch_sizes", "num_grains", "bits", "full_depth", "code_depth")  # that not every tokenizer has
+    return registry.build(
+        "backbone",
+        told(job_config, takes),
+        channels=tokenizer.channels,
+        codebook_size=tokenizer.codebook_size,
+        num_levels=tokenizer.num_levels,
+        num_classes=takes["num_classes"],
+        grid=grid,
+        **{name: getattr(tokenizer, name, None) for name in named},
+    )
 
 
 def told(job_config: configs.Config, takes: Mapping[str, int]) -> dict[str, Any]:

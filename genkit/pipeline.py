@@ -30,6 +30,7 @@ from genkit.errors import GenkitError, UsageError
 from genkit.guidance import Guidance, guide
 from genkit.interfaces import OnStep
 from genkit.nn.extrapolation import extrapolating
+from genkit.nn.grid_tokenizer import image_sides
 from genkit.nn.layout import dense_layout
 from genkit.nn.packed import packed
 from genkit.rng import Rng
@@ -234,7 +235,7 @@ class GeneratorPipeline(DiffusionPipeline):
     @property
     def trained_size(self) -> str:
         """Pixels of the images it was trained on, "32x32"."""
-        return show_size([length * self.tokenizer.stride for length in self.grid])
+        return show_size(image_sides(self.tokenizer, self.grid))
 
     def grid_of(self, size: str | Sequence[int]) -> tuple[int, ...]:
         """Cells of images of a size in pixels, (Y, X) or "48x64". Raises UsageError for one that cells or patches do not fill."""

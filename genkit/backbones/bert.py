@@ -35,6 +35,7 @@ class Bert(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    answers = "masked ids"
 
     @register_to_config
     def __init__(

@@ -159,6 +159,7 @@ class DiMSUM(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    answers = "noisy latents"
     heeds = (BLOCKS,)
 
     @register_to_config

@@ -41,6 +41,8 @@ class DQ(ModelMixin, ConfigMixin):
     Raises: UsageError for a tokenizer without grains, and for a mixer that sees ahead.
     """
 
+    answers = "codes in turn"
+
     @register_to_config
     def __init__(
         self,

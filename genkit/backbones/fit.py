@@ -129,6 +129,7 @@ class FiT(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    answers = "noisy latents"
     heeds = (BLOCKS,)
 
     @register_to_config

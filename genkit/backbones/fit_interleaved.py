@@ -176,6 +176,7 @@ class FITInterleaved(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    answers = "noisy latents"
 
     @register_to_config
     def __init__(

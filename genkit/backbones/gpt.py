@@ -137,6 +137,7 @@ class GPT(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    answers = "next ids"
 
     @register_to_config
     def __init__(

@@ -34,6 +34,7 @@ class MAGE(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    answers = "masked ids"
     drops_tokens = True  # the objective may say which tokens the encoder is not given
 
     @register_to_config

@@ -44,6 +44,7 @@ class MAR(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    answers = "continuous tokens"
 
     @register_to_config
     def __init__(

@@ -92,6 +92,7 @@ class Masked(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    answers = "masked ids"
 
     @register_to_config
     def __init__(

@@ -39,6 +39,7 @@ class ResGen(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    answers = "sums of codes"
 
     @register_to_config
     def __init__(

@@ -44,6 +44,8 @@ class RQ(ModelMixin, ConfigMixin):
     Raises: UsageError for a mixer that sees ahead.
     """
 
+    answers = "next ids"
+
     @register_to_config
     def __init__(
         self,

@@ -32,6 +32,7 @@ class UViT(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    answers = "masked ids"
 
     @register_to_config
     def __init__(

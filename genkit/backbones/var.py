@@ -57,6 +57,7 @@ class VAR(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    answers = "scales"
     undecayed = ("start", "position")  # as published
 
     @register_to_config

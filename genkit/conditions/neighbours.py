@@ -15,6 +15,7 @@ from genkit.conditions.embeddings import Database, Index, embedding
 from genkit.errors import UsageError
 from genkit.interfaces import Cond
 from genkit.metrics import sources
+from genkit.nn.grid_tokenizer import image_sides, latent_grid
 from genkit.rng import Rng
 
 FILE = "database.safetensors"  # in the folder of a run
@@ -59,7 +60,7 @@ class Neighbours:
             raise UsageError(f"condition.share={share} must be above 0 and at most 1")
         self.k, self.share, self.index, self.word = k, share, index, database
         self.data, self.folder = data, folder
-        self._embedding = (embedding, {"tokenizer": tokenizer, "grid": grid, "cells": cells})
+        self._embedding = (embedding, {"tokenizer": tokenizer, "grid": latent_grid(tokenizer, grid), "cells": cells})
         self._of_training: Tensor | None = None
 
     @functools.cached_property
@@ -109,7 +110,7 @@ class Neighbours:
     def _folder(self, path: str) -> dict[str, Any]:
         """The section `data` of images in a folder, as the generator draws them."""
         tokenizer, grid = self._embedding[1]["tokenizer"], self._embedding[1]["grid"]
-        sides = [side * tokenizer.stride for side in grid]
+        sides = image_sides(tokenizer, grid)
         size = sides[0] if len(set(sides)) == 1 else sides
         channels = tokenizer.config["image_channels"]
         return registry.check("data", {"type": "folder", "path": path, "size": size, "channels": channels}, "database")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -124,6 +125,18 @@ class GridTokenizer(ModelMixin, ConfigMixin):
     def _along(values: Tensor, like: Tensor) -> Tensor:
         """[channels] -> [channels, 1, ...] against [B, channels, *grid]."""
         return values.view(-1, *[1] * (like.ndim - 2))
+
+
+def latent_grid(tokenizer: Any, grid: Sequence[int]) -> tuple[int, ...]:
+    """Cells of z along each axis, where ids lie on this grid: the same but for ids of several scales."""
+    return getattr(tokenizer, "latent_grid", tuple(grid))
+
+
+def image_sides(tokenizer: Any, grid: Sequence[int]) -> list[int]:
+    """Pixels along each axis of images with tokens on this grid; where they lie in a row, of the only images that such a tokenizer knows."""
+    if len(grid) == 1 and hasattr(tokenizer, "image_size"):
+        return [tokenizer.image_size] * 2
+    return [length * tokenizer.stride for length in grid]
 
 
 def check_sizes(**sizes: int) -> None:

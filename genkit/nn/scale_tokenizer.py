@@ -84,6 +84,11 @@ class ScaleTokenizer(GridTokenizer):
         self.finish()
 
     @property
+    def latent_grid(self) -> tuple[int, int]:
+        """Of z; ids lie in a row."""
+        return (self.patch_sizes[-1],) * 2
+
+    @property
     def image_size(self) -> int:
         """Side of the images in pixels."""
         return self.stride * self.patch_sizes[-1]

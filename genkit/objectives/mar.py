@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from genkit.errors import UsageError
-from genkit.interfaces import Cache, Cond, Layout, Predict
+from genkit.interfaces import Cache, Cond, Layout, Predict, PredictTokens
 from genkit.nn.context import context_of, rows_of
 from genkit.nn.patch import patchify, unpatchify
 from genkit.nn.paths import Predictor
@@ -35,6 +35,7 @@ class MAR:
     """
 
     target = "z"
+    asks = "continuous tokens"
     fills_holes = True  # sampling may start from what is known of an image
     draws = "tokens"
 
@@ -94,7 +95,7 @@ class MAR:
 
         return {name: mean(values.float()) for name, values in losses.items()}
 
-    def predictor(self, model: Any, cond: Cond, layout: Layout) -> TokenPredictor:
+    def predictor(self, model: Any, cond: Cond, layout: Layout) -> PredictTokens:
         """See genkit.interfaces.PredictTokens. Each Predict gives, beside x0 and noise, f in about [0, 1] for the variances."""
         assert layout.grid is not None
         network, sides = unwrapped(model), unwrapped(model).sides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from genkit.errors import UsageError
-from genkit.interfaces import Cache, Cond, Layout
+from genkit.interfaces import Cache, Cond, Layout, PredictNext
 from genkit.nn.grain_sequence import GrainSequence
 from genkit.objectives.dropping import drop
 from genkit.objectives.next_token import check_fractions, check_grid, repeat
@@ -29,6 +30,7 @@ class NextCode:
     """
 
     target = "ids"
+    asks = "codes in turn"
     draws = "next"
 
     def __init__(self, *, position_weight: float = 1.0, label_smoothing: float = 0.0, cond_drop: float = 0.1):
@@ -77,7 +79,7 @@ class NextCode:
             "_codes": count.float(),
         }
 
-    def predictor(self, model: Any, cond: Cond, layout: Layout) -> NextCodes:
+    def predictor(self, model: Any, cond: Cond, layout: Layout) -> PredictNext:
         """What samplers of sequences call."""
         return NextCodes(model, self.num_grains, cond, layout)
 
@@ -90,7 +92,7 @@ class NextCodes:
         self.model, self.cond, self.layout = model, cond, layout
         self.sequence = GrainSequence(layout.grid, num_grains)
         self.codebook_size: int = model.config.codebook_size
-        self.counts = [1] * (2 * self.sequence.length)
+        self.counts: Sequence[int] = [1] * (2 * self.sequence.length)
         self.shape: tuple[int, ...] = (1, *layout.grid)
 
     def __call__(self, ids: Tensor, cache: Cache | None = None) -> Tensor:

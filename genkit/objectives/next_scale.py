@@ -5,13 +5,14 @@ On ids of the tokenizer `nfig` a scale is a band of frequencies (Huang et al., "
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from genkit.errors import UsageError
-from genkit.interfaces import Cache, Cond, Layout
+from genkit.interfaces import Cache, Cond, Layout, PredictNext
 from genkit.objectives.dropping import drop
 from genkit.objectives.next_token import check_fractions, losses, repeat
 from genkit.rng import Rng
@@ -26,6 +27,7 @@ class NextScale:
     """
 
     target = "ids"
+    asks = "scales"
     draws = "next"
 
     def __init__(self, *, label_smoothing: float = 0.0, cond_drop: float = 0.1):
@@ -49,7 +51,7 @@ class NextScale:
         logits = model(shown, None, drop(cond, self.cond_drop, rng), layout).float()  # [B, N, S]
         return losses(logits, target[:, 0], self.label_smoothing)
 
-    def predictor(self, model: Any, cond: Cond, layout: Layout) -> NextScales:
+    def predictor(self, model: Any, cond: Cond, layout: Layout) -> PredictNext:
         """What samplers of sequences call."""
         return NextScales(model, self.tokenizer.quantizer, cond, layout)
 
@@ -60,8 +62,8 @@ class NextScales:
     def __init__(self, model: Any, quantizer: Any, cond: Cond, layout: Layout):
         self.model, self.quantizer, self.cond, self.layout = model, quantizer, cond, layout
         self.codebook_size: int = model.config.codebook_size
-        self.counts = [p * p for p in self.quantizer.patch_sizes]
-        self.shape = (1, sum(self.counts))
+        self.counts: Sequence[int] = [p * p for p in self.quantizer.patch_sizes]
+        self.shape: tuple[int, ...] = (1, sum(self.counts))
 
     def __call__(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         step = next(k for k in range(len(self.counts)) if sum(self.counts[:k]) == ids.shape[1])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from genkit.errors import UsageError
-from genkit.interfaces import Cache, Cond, Layout
+from genkit.interfaces import Cache, Cond, Layout, PredictNext
 from genkit.objectives.dropping import drop
 from genkit.rng import Rng
 
@@ -28,6 +28,7 @@ class NextToken:
     """
 
     target = "ids"
+    asks = "next ids"
     draws = "next"
 
     def __init__(self, *, label_smoothing: float = 0.0, cond_drop: float = 0.1):
@@ -40,7 +41,7 @@ class NextToken:
         logits = model(target, None, drop(cond, self.cond_drop, rng), layout).float()  # [B, Q, *grid, S]
         return losses(logits.flatten(1, -2), target.flatten(1), self.label_smoothing)
 
-    def predictor(self, model: Any, cond: Cond, layout: Layout) -> NextIds:
+    def predictor(self, model: Any, cond: Cond, layout: Layout) -> PredictNext:
         """What samplers of sequences call."""
         return NextIds(model, cond, layout)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from genkit.errors import UsageError
-from genkit.interfaces import Cond, Layout
+from genkit.interfaces import Cond, Layout, PredictTree
 from genkit.objectives.dropping import drop
 from genkit.octree import build
 from genkit.octree.octree import Octree
@@ -35,6 +35,7 @@ class OctreeMasked:
     """
 
     target = "ids"
+    asks = "octrees"
 
     def __init__(self, *, min_masked: float = 0.5, flip: float = 0.1, cond_drop: float = 0.0, code_weight: float = 1.0):
         for name, value in (("min_masked", min_masked), ("flip", flip), ("cond_drop", cond_drop)):
@@ -99,7 +100,7 @@ class OctreeMasked:
         u = rng.uniform(most * max(1, width)).to(samples.device)
         return u.unflatten(1, (most, width))[samples, column] if width else u[samples, column]
 
-    def predictor(self, model: Any, cond: Cond, layout: Layout | None) -> Grow:
+    def predictor(self, model: Any, cond: Cond, layout: Layout | None) -> PredictTree:
         """Where a sampler makes shapes grow; see genkit/samplers/octree_masked.py."""
         return Grow(model, cond)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genkit.errors import UsageError
-from genkit.interfaces import Cache, Cond, Layout
+from genkit.interfaces import Cache, Cond, Layout, PredictMixture
 from genkit.nn.mixture import Mixture, lerp_logits
 from genkit.objectives.dropping import drop
 from genkit.rng import Rng
@@ -35,6 +35,7 @@ class ResGen:
     """
 
     target = "ids"
+    asks = "sums of codes"
     fills_holes = True  # sampling may start from what is known of an image
     lerp = staticmethod(lerp_logits)  # guidance works on the weights of components
 
@@ -83,7 +84,7 @@ class ResGen:
         drawn = rng.fork("mask").order(cells) < count.unsqueeze(1)
         return drawn.view(-1, num_levels, num_tokens).sum(1)
 
-    def predictor(self, model: Any, cond: Cond, layout: Layout) -> Any:
+    def predictor(self, model: Any, cond: Cond, layout: Layout) -> PredictMixture:
         """(ids [B, Q, *grid], known, cache) -> Mixture of every place, with `codes` to make ids of its vectors."""
         assert self.codes is not None
         codes = self.codes
@@ -115,7 +116,7 @@ class Codes:
         """Raises UsageError for a tokenizer without codebooks."""
         Q, S = tokenizer.num_levels, tokenizer.codebook_size
         quantizer: Any = getattr(tokenizer, "quantizer", None)
-        if not Q or not hasattr(quantizer, "codebook"):
+        if not Q or not hasattr(quantizer, "codebook") or hasattr(tokenizer, "latent_grid"):
             raise UsageError(
                 f"objective.type=resgen needs a tokenizer whose codes come from codebooks and add up, such as rvq or vq; found {type(tokenizer).__name__}"
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genkit.errors import UsageError
-from genkit.interfaces import OnStep
+from genkit.interfaces import OnStep, PredictTree
 from genkit.rng import Rng
 
 _CODES_REMASKED = 0.5  # of the share of split bits: a code is 32 bits, and half of it is right by chance
@@ -50,7 +50,7 @@ class OctreeMasked:
             raise UsageError(f"sampler.remask={remask} and remask_from={remask_from} must be in [0, 1]")
         self.num_steps, self.temperature, self.remask, self.remask_from = num_steps, temperature, remask, remask_from
 
-    def __call__(self, predict: Any, start: Any, rng: Rng, on_step: OnStep | None = None) -> Any:
+    def __call__(self, predict: PredictTree, start: Any, rng: Rng, on_step: OnStep | None = None) -> Any:
         """The finished tokens, what predict.result() returns.
 
         Args:

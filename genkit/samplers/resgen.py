@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genkit.errors import UsageError
-from genkit.interfaces import Cache, OnStep
+from genkit.interfaces import Cache, OnStep, PredictMixture
 from genkit.rng import Rng
 from genkit.samplers.unmasking import check_schedule, check_steps, counts
 
@@ -50,7 +50,7 @@ class ResGen:
         self.num_steps, self.schedule, self.top_p = num_steps, schedule, top_p
         self.temperature, self.confidence, self.noise = temperature, confidence, noise
 
-    def __call__(self, predict: Any, start: Tensor, rng: Rng, on_step: OnStep | None = None) -> Tensor:
+    def __call__(self, predict: PredictMixture, start: Tensor, rng: Rng, on_step: OnStep | None = None) -> Tensor:
         """ids [B, Q, *grid] without a hole.
 
         Args:
