@@ -121,28 +121,32 @@ def write_eight(folder: Path) -> None:
             Image.fromarray(images.pixels[i, 0].numpy()).save(path)
 
 
-def measure(out: Path) -> None:
+def measure(out: Path, only: list[str]) -> None:
     """Figures that are not there yet; those of the fair table are the reports of the runs themselves."""
     keep = Store(out / "tokens.json").get
+
+    def is_asked(name: str) -> bool:
+        return (not only or name in only) and finished(out / name)
+
     for name in FAIR:
-        if finished(out / name):
+        if is_asked(name):
             if not list((out / name / "eval").glob(f"*-{COUNT}.json")):
                 genkit.evaluate(out / name, count=COUNT, batch_size=100)
             keep(f"seconds {name}", lambda run=out / name: seconds(run))
     for _, name, _, guidance in ROWS:
-        if finished(out / name):
+        if is_asked(name):
             keep(f"fd {name} {guidance:g}", lambda n=name, g=guidance: distance(open_run(out / n), g))
             keep(f"parameters {name}", lambda n=name: weights(open_run(out / n)))
-    if finished(out / "gpt"):
+    if is_asked("gpt"):
         keep("fd withheld", lambda: withheld(out / "gpt"))
     for name in SWAPPED:
-        if finished(out / name):
+        if is_asked(name):
             pipe = open_run(out / name)
             others = pipe.told.open("fashion:val").of_classes(map(CLASS_NAMES.index, HELD_OUT))
             for said, database in (("own", pipe.told.database), ("others", others)):
                 keep(f"share {name} {said}", lambda p=pipe, d=database: share_of_held_out(p, d))
             keep(f"picture {name}", lambda p=pipe, d=others, n=name: picture(p, d, n))
-    if finished(out / "told-neighbours"):
+    if is_asked("told-neighbours"):
         keep("nll", lambda: likelihoods(open_run(out / "told-neighbours")))
 
 
@@ -289,7 +293,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", choices=["train", "measure", "page", []], help="default: all three")
     parser.add_argument("--out", type=Path, default=Path("runs/results-tokens"))
     parser.add_argument("--tokenizer", type=Path, help="of all generators (default: OUT/vq)")
-    parser.add_argument("--only", nargs="+", default=[], help="train: these runs")
+    parser.add_argument("--only", nargs="+", default=[], help="train and measure: these runs")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -297,7 +301,7 @@ def main() -> None:
         if what == "train":
             train(args.out, args.tokenizer or args.out / "vq", args.only)
         elif what == "measure":
-            measure(args.out)
+            measure(args.out, args.only)
         else:
             page(args.out)
 
