@@ -128,6 +128,7 @@ def test_a_generator_of_pixels_gives_transformer_and_scheduler(tmp_path):
         ({"positions": "table"}, r"backbone\.positions=table"),
         ({"mlp_ratio": 2.0}, r"backbone\.mlp_ratio"),
         ({"num_classes": 0}, r"backbone\.num_classes=0"),
+        ({"context_dim": 8}, r"backbone\.context_dim=8, and there it is always null"),
     ],
 )
 def test_what_a_transformer_cannot_hold_is_told(tmp_path, capsys, options, message):

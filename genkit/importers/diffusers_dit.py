@@ -103,6 +103,7 @@ def export(network: Any, guided_null: int = 1000) -> Any:
         ("patch_size", options["patch_size"], "the same along both axes", len(set(network.sides)) == 1 and len(network.sides) == 2),
         ("grid", tuple(options["grid"]), "square", len(set(options["grid"])) == 1),
         ("null_class", options["null_class"], "true", options["null_class"]),
+        ("context_dim", network.told.width, "null", network.told.width is None),
         ("num_classes", options["num_classes"], f"1 .. {guided_null}", 0 < options["num_classes"] <= guided_null),
     ]  # fmt: skip
     for name, value, wanted, holds in needed:
