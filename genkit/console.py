@@ -34,12 +34,6 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def warn(text: str) -> None:
-    """A line that -q does not silence."""
-    if is_main_process():
-        print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 class Progress:
     """How far a long piece of work is, as a context manager.
 

@@ -14,7 +14,6 @@ import platform
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit import images, registry, shape_evaluation, shape_subjects
+from genkit import registry, shape_evaluation, shape_subjects
+from genkit.against import Opened, feed_references, open_reference, share
 from genkit.console import Progress
-from genkit.errors import GenkitError, UsageError
-from genkit.metrics import known, protocols, references, sources
-from genkit.metrics.comparison import SetMetric
+from genkit.errors import UsageError
+from genkit.findings import notes_of_shapes, pictures, report_of
+from genkit.metrics import protocols
 from genkit.metrics.features import ImageBatch
 from genkit.metrics.frechet import FID_COUNT
 from genkit.metrics.protocols import Labels, Protocol
-from genkit.metrics.rows import FeatureRows
 from genkit.partial import Partial, sum_over_processes
 from genkit.report import Report
 from genkit.subjects import Sampling, Subject, open_subject, suitable_net
 
 DEFAULT_COUNT = 5000  # samples of a generator where no metric says how many
-_PAIRS_SHOWN = 16  # most suspicious samples in the picture of nearest training images
 
 
 def evaluate(
@@ -127,14 +125,14 @@ def evaluate(
     if total < world:
         raise UsageError(f"{total} images cannot be shared out over {world} processes; use fewer processes")
     opened = {
-        word: _open_reference(word, subject.data)
+        word: open_reference(word, subject.data)
         for word in dict.fromkeys(s["reference"] for s in specs if "reference" in s)
     }
     specs, unasked = _with_kid(specs, plan, total, opened)
     measured = [registry.build("metrics", spec) for spec in specs]
-    _share(measured)
+    share(measured)
 
-    compared, missed, notes = _feed_references(measured, unasked, opened, rank, world, batch_size, place)
+    compared, missed, notes = feed_references(measured, unasked, opened, rank, world, batch_size, place)
     specs, measured = ([x for i, x in enumerate(xs) if i not in missed] for xs in (specs, measured))
     settings = {
         "target": str(target) if isinstance(target, str | Path) else type(target).__name__,
@@ -179,10 +177,10 @@ def evaluate(
         sum_over_processes(measured, world, place)
         if world > 1:
             subject.gather()
-        report = _report(subject, plan, measured, compared, total)
-        report.notes += [f"reference: {note}" for note in notes] + _notes_of_shapes(subject, measured, opened) + unsaved
+        report = report_of(subject, plan, measured, compared, total)
+        report.notes += [f"reference: {note}" for note in notes] + notes_of_shapes(subject, measured, opened) + unsaved
         if rank == 0 and out is not None:
-            report.notes += _pictures(subject, measured, out)
+            report.notes += pictures(subject, measured, out)
     report.settings = settings | {
         "batch_size": batch_size,
         "processes": world,
@@ -237,30 +235,8 @@ def _how_many(subject: Subject, plan: Protocol | None, count: int | None, specs:
     return count or min([subject.count, *limits])
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """A reference: a file of statistics, or images, or a file that holds both."""
-
-    file: references.Reference | None
-    images: sources.Images | None
-
-    @property
-    def count(self) -> int | None:
-        """Number of images; None = the file does not say."""
-        if self.file is not None:
-            return self.file.count or None
-        return self.images.count if self.images is not None else None
-
-
-def _open_reference(word: str, data: dict[str, Any] | None) -> _Opened:
-    if Path(word).suffix.lower() != ".npz":
-        return _Opened(None, sources.find(word, data))
-    file = references.read(word)
-    return _Opened(file, file.images)
-
-
 def _with_kid(
-    specs: list[dict[str, Any]], plan: Protocol | None, total: int, opened: dict[str, _Opened]
+    specs: list[dict[str, Any]], plan: Protocol | None, total: int, opened: dict[str, Opened]
 ) -> tuple[list[dict[str, Any]], set[int]]:
     """The specs, and the numbers of those nobody asked for: a KID beside every Fréchet distance of too few images to be called FID."""
     added: list[dict[str, Any]] = []
@@ -277,17 +253,6 @@ def _with_kid(
     return [*specs, *added], set(range(len(specs), len(specs) + len(added)))
 
 
-def _share(measured: list[Any]) -> None:
-    """Metrics that look at the same vectors keep them once: 50,000 of Inception's take 400 MB."""
-    collections: dict[Any, FeatureRows] = {}
-    for metric in measured:
-        for side in ("real", "fake"):
-            if isinstance(getattr(metric, side, None), FeatureRows):
-                reference = getattr(metric, "reference", None) if side == "real" else None
-                key = (side, metric.net.name, metric.net.sha256, getattr(metric, "layer", "logits"), reference)
-                setattr(metric, side, collections.setdefault(key, getattr(metric, side)))
-
-
 def _feed(measured: list[Any], batch: dict[str, Any], number: Tensor, total: int, place: torch.device) -> None:
     """One batch through every metric. One with a reference of its own has its real images from there."""
     wrapped = {
@@ -296,171 +261,6 @@ def _feed(measured: list[Any], batch: dict[str, Any], number: Tensor, total: int
     without = {name: value for name, value in wrapped.items() if name != "real"}
     for metric in measured:
         metric.update(**(without if hasattr(metric, "reference") else wrapped), number=number, total=total)
-
-
-def _feed_references(
-    measured: list[Any],
-    unasked: set[int],
-    opened: dict[str, _Opened],
-    rank: int,
-    world: int,
-    batch_size: int,
-    place: torch.device,
-) -> tuple[dict[str, str], set[int], list[str]]:
-    """Give every metric that has a reference its real side, each set of images read at most once.
-
-    Returns: word -> what it was, with count and hash; the numbers of unasked metrics that the reference has nothing for; and what had to
-        be converted or left out.
-    """
-    compared: dict[str, str] = {}
-    missed: set[int] = set()
-    notes: list[str] = []
-    for word in dict.fromkeys(metric.reference for metric in measured if hasattr(metric, "reference")):
-        left = {i: metric for i, metric in enumerate(measured) if getattr(metric, "reference", None) == word}
-        file, real = opened[word].file, opened[word].images
-        if file is not None:
-            left = {i: metric for i, metric in left.items() if not _take(metric, file, rank)}
-            compared[word] = f"{file.source}, n={file.count or 'unknown'}, sha {file.sha[:8]}"
-            if not file.net_sha256 and file.moments and len(left) < len(measured):
-                notes.append(
-                    f"{file.name} does not say which net made its statistics; taken for those of Inception-2015"
-                )
-            if left and real is None:
-                asked = [type(metric).__name__ for i, metric in left.items() if i not in unasked]
-                if asked:
-                    raise GenkitError(
-                        f"{word} holds neither images nor features, which {', '.join(asked)} would need; compare with images, "
-                        "or make the file with `genkit stats --format genkit`"
-                    )
-                missed |= left.keys()
-                continue
-        elif real is not None:
-            compared[word] = real.about
-        if left and real is not None:
-            _feed_real(list(left.values()), real, rank, world, batch_size, place)
-            notes += real.notes
-    return compared, missed, notes
-
-
-def _take(metric: Any, file: references.Reference, rank: int) -> bool:
-    """Whether a metric finds its real side in a file. Every process has the file; the rows of one are enough when all are added up."""
-    found = metric.use(file)
-    if found and rank > 0:
-        for value in metric.real.state().values():
-            value.zero_()
-    return found
-
-
-def _feed_real(
-    metrics: list[Any], real: sources.Images, rank: int, world: int, batch_size: int, place: torch.device
-) -> None:
-    """Pass real images through the nets, except where an earlier evaluation has kept what they gave."""
-    may_keep = world == 1 and real.is_exact
-    todo = []
-    for metric in metrics:
-        kept = known.load(**_key(metric, real, place)) if may_keep else None
-        if kept is not None:
-            metric.real.restore(kept)
-        else:
-            todo.append(metric)
-    if not todo:
-        return
-    first, last = real.count * rank // world, real.count * (rank + 1) // world
-    with Progress(total=last - first, unit="images", title=f"reference {real.name}") as progress:
-        for start in range(first, last, batch_size):
-            stop = min(start + batch_size, last)
-            batch = ImageBatch(real.read(start, stop)[0].to(place))
-            for metric in todo:
-                metric.update(real=batch, number=torch.arange(start, stop), total=real.count)
-            progress.advance(stop - start)
-    if world > 1:
-        real.gather()
-    if may_keep:
-        for metric in todo:
-            known.save(metric.real.state(), **_key(metric, real, place))
-
-
-def _key(metric: Any, real: sources.Images, place: torch.device) -> dict[str, Any]:
-    return {
-        "images_sha": real.sha,
-        "net_sha": metric.net.sha256,
-        "net_name": metric.net.name,
-        "layer": metric.layer,
-        # One that takes features in in its own way has sums of its own.
-        "kind": type(metric.real if type(metric).update is SetMetric.update else metric).__name__,
-        "count": real.count,
-        "device": place.type,
-    }
-
-
-def _report(
-    subject: Subject, plan: Protocol | None, measured: list[Any], compared: dict[str, str], total: int
-) -> Report:
-    """Results with the words that make them comparable, and those that say what was evaluated."""
-    report = Report([], notes=subject.notes())
-    few = plan is not None and total < plan.count
-    for metric in measured:
-        same = [plan.name if plan else "", getattr(metric, "protocol", ""), f"N={total}"]
-        if subject.labels:
-            same.append(f"labels {subject.labels}")
-        if hasattr(metric, "reference"):
-            same.append(f"reference {compared[metric.reference]}")
-        comparable = ", ".join(word for word in same if word)
-        better = getattr(metric, "better", "")
-        for name, value in metric.result().items():
-            if ": " in name:
-                report.details[name] = value
-                continue
-            is_fid = name.partition(" (")[0] in ("FID", "sFID", "clean-FID", "FID-infinity")
-            shown = name.replace("FID", "FID-quick", 1) if few and is_fid else name
-            protocol = ", ".join([comparable, *subject.about()])
-            row = {"metric": shown, "value": value, "better": better, "comparable": comparable, "protocol": protocol}
-            report.rows.append(row)
-            better = ""  # what follows the first result is its spread, or another quantity
-        report.notes += [note for note in getattr(metric, "notes", list)() if note not in report.notes]
-    if few and plan is not None:
-        report.notes.append(
-            f"protocol {plan.name} needs {plan.count:,} images, these are {total:,}: not to be quoted as its numbers"
-        )
-    return report
-
-
-def _pictures(subject: Subject, measured: list[Any], out: Path) -> list[str]:
-    """A picture for every metric that points at pairs of images: the sample above, its nearest real image below."""
-    notes = []
-    for metric in measured:
-        if not hasattr(metric, "pairs") or Path(metric.reference).suffix.lower() == ".npz":
-            continue
-        pairs = metric.pairs(_PAIRS_SHOWN)
-        real = sources.find(metric.reference, subject.data)
-        fakes = torch.cat([subject.batch(fake, fake + 1)["fake"].cpu() for fake, _, _ in pairs])
-        nearest = torch.cat([real.read(number, number + 1)[0] for _, number, _ in pairs])
-        path = out.with_suffix(".nearest.png")
-        rows = torch.cat([fakes, nearest])
-        images.write_png(path, images.grid(rows, columns=len(pairs), row_names=("sample", "nearest real")))
-        notes.append(f"the {len(pairs)} samples most like a real image, each above it: {path}")
-    return notes
-
-
-def _notes_of_shapes(subject: Subject, measured: list[Any], opened: dict[str, _Opened]) -> list[str]:
-    """What nets make of grey images and of sides of different sizes, which a reader would otherwise not see."""
-    notes = []
-    shapes = {"evaluated": subject.shape}
-    shapes |= {
-        f"reference {word}": side.images.shape
-        for word, side in opened.items()
-        if side.images is not None and side.images.shape != subject.shape
-    }
-    nets = sorted({m.net.name for m in measured if getattr(m, "net", None) is not None and m.net.name != "fashion-cnn"})
-    for whose, (channels, height, width) in shapes.items():
-        if channels == 1 and nets:
-            notes.append(f"{whose} images are grey: repeated three times for {', '.join(nets)}")
-        if (height, width) != subject.shape[1:]:
-            mine = "x".join(map(str, subject.shape[1:]))
-            notes.append(
-                f"{whose} images are {height}x{width}, evaluated ones {mine}: the net resizes each from its own size"
-            )
-    return notes
 
 
 def _renamed(record: Path, asked: str, total: int, reference: str | None) -> Path:

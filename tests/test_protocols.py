@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from genkit import evaluation, partial
+from genkit import against, evaluation, partial
 from genkit.errors import GenkitError, UsageError
 from genkit.evaluation import evaluate
 from genkit.metrics import frechet, known, protocols, sources
@@ -162,7 +162,7 @@ def test_metrics_on_the_same_vectors_keep_them_once():
     kid, recall, density = (
         registry.build("metrics", registry.check("metrics", {"features": "fashion-cnn", **spec}, "m")) for spec in specs
     )
-    evaluation._share([kid, recall, density])
+    against.share([kid, recall, density])
     assert kid.fake is recall.fake is density.fake
     assert kid.real is recall.real
     assert kid.real is not density.real

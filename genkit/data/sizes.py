@@ -79,8 +79,3 @@ def pad_batch(images: Sequence[Tensor], sides: Size | None = None) -> tuple[Tens
     for row, image in zip(x, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
     return x, sizes
-
-
-def one_by_one(x: Tensor, sizes: Tensor) -> list[Tensor]:
-    """The inverse of pad_batch: views [C, y, x]."""
-    return [row[:, :y, :x] for row, (y, x) in zip(x, sizes.tolist(), strict=True)]
