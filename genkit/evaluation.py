@@ -30,7 +30,8 @@ from genkit.metrics import protocols
 from genkit.metrics.features import ImageBatch
 from genkit.metrics.frechet import FID_COUNT
 from genkit.metrics.protocols import Labels, Protocol
-from genkit.partial import Partial, sum_over_processes
+from genkit.partial import Partial
+from genkit.processes import own_device, rank_and_world, sum_over_processes
 from genkit.report import Report
 from genkit.subjects import Sampling, Subject, open_subject, suitable_net
 
@@ -121,7 +122,7 @@ def evaluate(
     subject = open_subject(target, sampling, ema=ema, device=place, weights=weights)
     specs = _specs(subject, plan, metrics, reference, weights)
     total = _how_many(subject, plan, count, specs)
-    rank, world = _processes()
+    rank, world = rank_and_world()
     if total < world:
         raise UsageError(f"{total} images cannot be shared out over {world} processes; use fewer processes")
     opened = {
@@ -286,14 +287,7 @@ def _device(target: Any, device: str | torch.device | None) -> torch.device:
         return torch.device(device)
     if not isinstance(target, str | Path):
         return torch.device(getattr(target, "device", "cpu"))
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _processes() -> tuple[int, int]:
-    """This process's number and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+    return own_device()
 
 
 @contextlib.contextmanager

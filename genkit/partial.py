@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -76,15 +75,3 @@ class Partial:
         """The report is written."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-
-
-def sum_over_processes(metrics: list[Any], world: int, device: torch.device) -> None:
-    """Add up the states of all processes, in place; a collection that metrics share is added once."""
-    if world == 1:
-        return
-    distinct = {id(value): value for metric in metrics for value in metric.state().values()}
-    for value in distinct.values():
-        summed = value.to(device) if torch.distributed.get_backend() == "nccl" else value
-        torch.distributed.all_reduce(summed)
-        if summed is not value:
-            value.copy_(summed)

@@ -13,7 +13,7 @@ from genkit.metrics import features as nets
 from genkit.metrics import references, sources
 from genkit.metrics.rows import FeatureRows
 from genkit.metrics.statistics import FeatureSums
-from genkit.partial import sum_over_processes
+from genkit.processes import own_device, rank_and_world, sum_over_processes
 from genkit.subjects import suitable_net
 from genkit.weights import file_sha256
 
@@ -60,7 +60,7 @@ def stats(
         raise UsageError(
             f"statistics of {total} images of {images.name}, which has {images.count}; at least 2 are needed"
         )
-    place = torch.device(device) if device is not None else _best_device()
+    place = torch.device(device) if device is not None else own_device()
     name = features or (suitable_net(images.shape, weights) if format == "genkit" else "inception-2015")
     net = nets.load(name, weights, place)
     if format == "adm" and "spatial" not in net.dims:
@@ -69,7 +69,7 @@ def stats(
     layers = ["pool", "spatial"] if "spatial" in net.dims and format in ("genkit", "adm") else ["pool"]
     sums = {layer: FeatureSums(net.dims[layer]) for layer in layers}
     rows = FeatureRows(net.dim)
-    rank, world = _processes()
+    rank, world = rank_and_world()
     first, last = total * rank // world, total * (rank + 1) // world
     with Progress(total=last - first, unit="images", title=f"statistics of {images.name}") as progress:
         for start in range(first, last, batch_size):
@@ -117,14 +117,3 @@ def _open(path: str) -> sources.Images:
             raise UsageError(f"{path} has no data section in its config.resolved.yaml; name the data themselves")
         return sources.find("train", data)
     return sources.find(path, option="path")
-
-
-def _best_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _processes() -> tuple[int, int]:
-    """This process's number and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from genkit.backbones.uvit import UViT
-from genkit.importers.image_bert import flat, num_heads
-from genkit.importers.names import Rules, fill, shape
+from genkit.importers.image_bert import num_heads
+from genkit.importers.names import Rules, fill, flat, shape
 from genkit.importers.uvit_bert import block_rules, even_depth
 
 WHAT = "an AutoNAT generator"

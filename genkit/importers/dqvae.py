@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genkit.errors import GenkitError, UsageError
 from genkit.importers import taming
-from genkit.importers.names import Rules, count, fill, has, shape
+from genkit.importers.names import Rules, count, fill, flat, has, shape
 from genkit.tokenizers.dqvae import DQVAE
 
 WHAT = "a DQ-VAE"
@@ -34,7 +34,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 
     Raises: GenkitError for weights that do not fit, naming the keys; UsageError for an option that is not supported.
     """
-    options = _flat(config or {})
+    options = flat(config or {})
     num_grains = 3 if has(state, "encoder.mid_median.") else 2
     names = _GRAINS[num_grains]
     levels = max(1, count(state, "encoder.down.{}.block."))
@@ -106,14 +106,6 @@ def _router(state: Mapping[str, Tensor], options: Mapping[str, Any], num_grains:
         "router_is_deep": "encoder.router.gate.0.weight" in state,
         "targets": [1 / num_grains] * (num_grains - 1),
     }
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Their options are spread over nested sections; those asked for here have one meaning wherever they stand."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        found |= _flat(value) if isinstance(value, Mapping) else {name: value}
-    return found
 
 
 def rules(up: int, names: tuple[str, ...], waves: str, router_is_deep: bool) -> Rules:

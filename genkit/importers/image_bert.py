@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genkit.backbones.bert import Bert
 from genkit.errors import GenkitError, UsageError
-from genkit.importers.names import Rules, count, fill, shape
+from genkit.importers.names import Rules, count, fill, flat, shape
 
 WHAT = "an ImageBert"
 IGNORED = {
@@ -84,14 +84,6 @@ def sampling(network: Any) -> dict[str, Any]:
             "guidance_over": "steps",
         },
     }
-
-
-def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Their options are spread over nested sections (model.generator, model.vq_model); names are unique."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        found |= flat(value) if isinstance(value, Mapping) else {name: value}
-    return found
 
 
 def num_heads(

@@ -11,8 +11,8 @@ from torch import Tensor
 from genkit.backbones.mar import MAR
 from genkit.errors import GenkitError
 from genkit.importers.dit import square_side
-from genkit.importers.image_bert import flat, num_heads
-from genkit.importers.names import Rules, count, fill, shape
+from genkit.importers.image_bert import num_heads
+from genkit.importers.names import Rules, count, fill, flat, shape
 
 WHAT = "a MAR"
 HEADS = {768: 12, 1024: 16, 1280: 16}  # width -> attention heads of the published sizes

@@ -125,6 +125,14 @@ def has(state: Mapping[str, Tensor], prefix: str) -> bool:
     return any(key.startswith(prefix) for key in state)
 
 
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that stand in nested sections of a config (model.vq_model, dataset.preprocessing) by their own names, which have one meaning wherever they stand."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= flat(value) if isinstance(value, Mapping) else {name: value}
+    return found
+
+
 def _long_axes(shape: torch.Size) -> list[int]:
     return [length for length in shape if length != 1]
 

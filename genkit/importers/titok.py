@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genkit.errors import GenkitError, UsageError
 from genkit.importers import taming
-from genkit.importers.names import Rules, count, fill, shape
+from genkit.importers.names import Rules, count, fill, flat, shape
 from genkit.tokenizers.titok import TiTok
 
 WHAT = "a TiTok"
@@ -32,7 +32,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 
     Raises: GenkitError for weights that do not fit, naming the keys; UsageError for an option that is not supported.
     """
-    options = _flat(config or {})
+    options = flat(config or {})
     if options.get("quantize_mode", "vq") != "vq":
         raise UsageError(f"quantize_mode={options['quantize_mode']}: only TiTok with a codebook can be imported")
     dim, image_channels, stride, _ = shape(state, "encoder.patch_embed.weight", WHAT)
@@ -81,14 +81,6 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     fill(tokenizer, state, rules(levels), ignored, WHAT)
     taming.set_codes(tokenizer)
     return tokenizer.eval()
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Their options are spread over nested sections (model.vq_model, dataset.preprocessing); names are unique."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        found |= _flat(value) if isinstance(value, Mapping) else {name: value}
-    return found
 
 
 _NET = "(encoder|decoder)"

@@ -10,8 +10,8 @@ from torch import Tensor
 from genkit.backbones.uvit import UViT
 from genkit.errors import GenkitError
 from genkit.importers import image_bert
-from genkit.importers.image_bert import flat, num_classes, num_heads, split_vocabulary, token_grid
-from genkit.importers.names import Rules, count, fill, shape
+from genkit.importers.image_bert import num_classes, num_heads, split_vocabulary, token_grid
+from genkit.importers.names import Rules, count, fill, flat, shape
 
 WHAT = "a UViTBert"
 HEADS = {1024: 16}  # width -> attention heads of the published sizes
