@@ -27,6 +27,7 @@ from genkit import config, registry
 from genkit.checkpoint import find_run
 from genkit.data.sizes import parse_size, show_size
 from genkit.errors import GenkitError, UsageError
+from genkit.fitting import check_reuse, check_sampler
 from genkit.guidance import Guidance, guide
 from genkit.interfaces import OnStep
 from genkit.nn.extrapolation import extrapolating
@@ -263,8 +264,8 @@ class GeneratorPipeline(DiffusionPipeline):
         if not changes:
             return self.sampler
         found = config.with_sampler(self.sampler, changes)
-        config.check_sampler(found, self.objective)
-        config.check_reuse(found, self.objective)
+        check_sampler(found, self.objective)
+        check_reuse(found, self.objective)
         return found
 
     def guidance(self, strength: float | None = None, sampler: Mapping[str, Any] | None = None) -> Guidance:

@@ -13,6 +13,7 @@ from genkit.backbones.dimsum import DiMSUM
 from genkit.backbones.dit import DiT
 from genkit.backbones.fit import FiT
 from genkit.errors import UsageError
+from genkit.fitting import check_reuse
 from genkit.guidance import Guidance, guide
 from genkit.interfaces import BLOCKS, Layout
 from genkit.nn import attend as attending
@@ -365,7 +366,7 @@ def test_another_sampler_keeps_guidance_and_reuse():
     found = config.with_sampler({**SAMPLER, "reuse": {"type": "rettention"}}, ["type=heun"])
     assert (found["type"], found["guidance"], found["reuse"]["type"]) == ("heun", 2.0, "rettention")
     with pytest.raises(UsageError, match=r"rettention serves latents; objective.type=masked learns ids"):
-        config.check_reuse(found, {"type": "masked"})
+        check_reuse(found, {"type": "masked"})
 
 
 # --- autoguidance
