@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from genkit import config
 from genkit.backbones.bert import Bert
 from genkit.backbones.mage import MAGE
 from genkit.backbones.mar import MAR
 from genkit.backbones.masked import Masked as MaskedBackbone
+from genkit.backbones.octgpt import OctGPT
 from genkit.backbones.uvit import UViT
 from genkit.errors import UsageError
 from genkit.guidance import Guidance, guide
@@ -20,10 +22,13 @@ from genkit.nn.layout import dense_layout
 from genkit.nn.patch import patchify
 from genkit.objectives.mar import MAR as MAROjective
 from genkit.objectives.masked import Masked as Objective
+from genkit.objectives.octree_masked import OctreeMasked
+from genkit.octree.tokens import OctreeTokens
 from genkit.reuse.recap import Recap
 from genkit.rng import Rng
 from genkit.samplers.mar import MAR as MARSampler
 from genkit.samplers.masked import Masked as Sampler
+from genkit.samplers.octree_masked import OctreeMasked as OctreeSampler
 
 GRID, N, S = (4, 4), 16, 9
 LAYOUT = dense_layout(GRID)
@@ -265,3 +270,93 @@ def test_tokens_must_meet_by_attention_alone():
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         Recap(**options)
+
+
+# Octrees
+
+
+def tree_model(**options: Any) -> OctGPT:
+    torch.manual_seed(0)
+    sizes = {"full_depth": 1, "code_depth": 3, "bits": 6, "dim": 24, "depth": 4, "num_heads": 2, "num_classes": 4}
+    model = OctGPT(**{**sizes, "window": 16, "dilation": 2, "buffer": 3, "dropout": 0.0, **options}).eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.08)
+    return model
+
+
+def growing(model: OctGPT, labels: Tensor, strength: float = 1.0) -> Any:
+    return guide(OctreeMasked(), model, {"label": labels}, LAYOUT, Guidance(strength))
+
+
+TREES = [{"depth": 8}, {"window": 64, "dilation": 4}, {"has_shift": False, "norm": "rms", "positions": "table"}]
+
+
+@pytest.mark.parametrize("keeps_condition", [False, True])
+@pytest.mark.parametrize("options", TREES)
+@torch.no_grad()
+def test_a_light_pass_over_nodes_of_an_octree_gives_what_the_full_one_gave(options, keeps_condition):
+    predict = growing(tree_model(**options), LABELS[2:4], 2.0)
+    predict.begin(predict.start())
+    random = torch.Generator().manual_seed(0)
+    for depth in range(1, 4):
+        n = len(predict.samples)
+        shape = (n, predict.bits) if predict.bits else (n,)
+        values = torch.randint(0, 2, shape, generator=random)
+        for share in (0.0, 0.4):
+            known = torch.rand(n, generator=random) < share
+            full = predict.logits(values, known)
+            chosen = (torch.rand(n, generator=random) < 0.2).nonzero().squeeze(1)
+            for _ in range(2):  # a second light pass of the group, too
+                light = predict.light(values, known, chosen, keeps_condition)
+                torch.testing.assert_close(light, full[chosen], atol=1e-4, rtol=1e-4)
+            # What has become known is seen by those that are computed with it, as in a full pass if all are.
+            more = known.clone()
+            more[chosen[::2]] = True
+            other = predict.light(values, more, chosen, keeps_condition)
+            assert (other - light).abs().max() > 1e-3
+            if not keeps_condition:
+                everyone = predict.light(values, more, torch.arange(n), keeps_condition)
+                torch.testing.assert_close(everyone, predict.logits(values, more), atol=1e-4, rtol=1e-4)
+        predict.finish(values)
+        assert depth < 3 or predict.result().codes.shape == shape
+
+
+@torch.no_grad()
+def test_octrees_without_light_steps_are_plain_to_the_bit_and_with_them_the_same_in_any_batch():
+    model = tree_model()
+
+    def draw(rows: slice, reuse: Any = None, calls: list[str] | None = None) -> OctreeTokens:
+        predict = growing(model, LABELS[:3][rows], 1.5)
+        if calls is not None:
+            full, light = predict.logits, predict.light
+            predict.logits = lambda *given: calls.append("logits") or full(*given)
+            predict.light = lambda *given: calls.append("light") or light(*given)
+        sampler = OctreeSampler(num_steps=[3, 5, 6], temperature=[1.0, 1.0, 0.7], reuse=reuse)
+        return sampler(predict, predict.start(), Rng.at(0, 0, 3)[rows])
+
+    calls: list[str] = []
+    plain = draw(slice(0, 3), None, calls)
+    assert calls.count("logits") == len(calls) == 14
+    for off in (Recap(light=0), Recap(full_steps=6, light=3)):
+        found = draw(slice(0, 3), off)
+        assert torch.equal(found.splits, plain.splits)
+        assert torch.equal(found.codes, plain.codes)
+    calls.clear()
+    on = Recap(full_steps=1, light=1)
+    together = draw(slice(0, 3), on, calls)
+    # Of three steps one by itself, then one full and one light; of five 1 + 2 + 2; of six 1 + 2 + 2 + 1.
+    pair = ["logits", "light"]
+    assert calls == ["logits", *pair, "logits", *pair, *pair, "logits", *pair, *pair, "logits"]
+    assert not torch.equal(together.codes, plain.codes)
+    owner = together.samples
+    for i in range(3):
+        alone = draw(slice(i, i + 1), on)
+        assert torch.equal(alone.splits, together.splits[owner[: len(together.splits)] == i])
+        assert torch.equal(alone.codes, together.codes[owner[len(together.splits) :] == i])
+
+
+def test_a_recipe_of_octrees_may_have_light_steps():
+    section = {"type": "octree_masked", "reuse": {"type": "recap", "light": 1}}
+    config.check_reuse(section, {"type": "octree_masked"})
+    with pytest.raises(UsageError, match="serves latents"):
+        config.check_reuse(section | {"reuse": {"type": "skip_blocks"}}, {"type": "octree_masked"})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from genkit.errors import UsageError
 from genkit.interfaces import Cond
 from genkit.nn.norm import RMSNorm
-from genkit.nn.octree_windows import Kept, OctreeStack, Places, in_front, places_of
+from genkit.nn.octree_windows import Kept, Light, OctreeStack, Places, in_front, places_of
 from genkit.nn.pictures import PictureEncoder
 from genkit.nn.text import TextEncoder
 from genkit.octree.octree import Octree
@@ -274,16 +274,51 @@ class Growing:
         self.is_code = octree.depth == self.model.code_depth
 
     def logits(self, values: Tensor, known: Tensor) -> Tensor:
-        """Of the current depth: values [n] or [n, bits], known [n] -> [n, 2] or [n, bits, 2]."""
+        """Of the current depth: values [n] or [n, bits], known [n] -> [n, 2] or [n, bits, 2]. Light passes may follow."""
         model = self.model
         x = self._behind_front(torch.where(known[:, None], self._embed(values), model.masked(self.cond, self.nodes)))
         visible = torch.cat([known.new_ones(len(x) - len(known)), known]).nonzero().squeeze(1)
+        encoded, decoded = dict(self.encoded), dict(self.decoded)
         if len(visible):
             chosen = self.current.select(visible)
-            seen = model.encoder(x.index_select(0, visible), chosen, self.context, dict(self.encoded))
+            seen = model.encoder(x.index_select(0, visible), chosen, self.context, encoded)
             x = x.index_copy(0, visible, seen)
-        y = model.decoder(x, self.current, self.context, dict(self.decoded))[len(x) - len(known) :]
-        return model.code_logits(y) if self.is_code else model.split_logits(y)
+        y = model.decoder(x, self.current, self.context, decoded)
+        self.full = visible, encoded, decoded
+        return self._read(y[len(x) - len(known) :])
+
+    def light(self, values: Tensor, known: Tensor, chosen: Tensor, keeps_condition: bool = False) -> Tensor:
+        """Of a few of the tokens, the others as the last full pass saw them.
+
+        Args:
+            values, known: of all, as for `logits`.
+            chosen: [m], numbers of those that are computed anew: all that became known since the full pass, and all that are asked for.
+            keeps_condition: the tokens in front stay as they were, too; else they are computed anew while they are of the current depth.
+
+        Returns: logits [m, 2] or [m, bits, 2].
+        """
+        model, (visible, encoded, decoded) = self.model, self.full
+        ahead = len(self.current) - len(known)
+        x = torch.where(
+            known[chosen, None], self._embed(values[chosen]), model.masked(self.cond, self.nodes.select(chosen))
+        )
+        own = chosen + ahead
+        if ahead and not keeps_condition:
+            x = torch.cat([self.front, x])
+            own = torch.cat([torch.arange(ahead, device=own.device), own])
+        is_visible = torch.cat([known.new_ones(ahead), known])
+        seen_now, rank = is_visible.nonzero().squeeze(1), is_visible.cumsum(0) - 1
+        asking = is_visible[own].nonzero().squeeze(1)
+        if len(asking):
+            light = Light(self.current.select(seen_now), rank[own[asking]], rank[visible])
+            seen = model.encoder(x[asking], self.current.select(own[asking]), self.context, encoded, light)
+            x = x.index_copy(0, asking, seen)
+        light = Light(self.current, own, torch.arange(len(self.current), device=own.device))
+        y = model.decoder(x, self.current.select(own), self.context, decoded, light)
+        return self._read(y[len(own) - len(chosen) :])
+
+    def _read(self, y: Tensor) -> Tensor:
+        return self.model.code_logits(y) if self.is_code else self.model.split_logits(y)
 
     def finish(self, values: Tensor) -> None:
         """The values of the current depth are final: keep what later depths need of them."""

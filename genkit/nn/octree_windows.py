@@ -2,7 +2,8 @@
 
 A sample's tokens stand in a row, depth after depth and in z-order within; a window holds `window` of them, next to each other or `dilation` apart, in
 some blocks moved by half a window. A token sees its own and shallower depths of its own sample. Tokens that can never see what comes later - those of
-finished depths - need not be computed again: their keys and values are kept, and only windows with new tokens are looked at.
+finished depths - need not be computed again: their keys and values are kept, and only windows with new tokens are looked at. A light pass computes a few
+tokens anew and takes the keys and values of all others from the last full one (`Light`).
 
 Differences from `octree-nn/octgpt models/octformer.py`: hidden pairs have no weight at all instead of e^-1000, and attention weights are not dropped in
 training (the branches are).
@@ -17,6 +18,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from genkit.errors import UsageError
 from genkit.kernels.octree_attention.op import octree_attention
@@ -149,6 +151,76 @@ def _plan(places: Places, window: int, dilation: int, shift: int) -> Plan:
         ids.index_copy_(0, kept_slot, before.samples[kept])
         depths.index_copy_(0, kept_slot, before.depths[kept])
     return Plan(total, 0, slot, kept, kept_slot, ids, depths)
+
+
+@dataclass
+class Light:
+    """A light pass: a few tokens ask, and see the others as the last full pass saw them (Liu et al., "ReCAP", 2025).
+
+    Attributes:
+        places: of all tokens, those that ask and those that are only seen.
+        chosen: [n] int64, numbers of those that ask.
+        at: numbers of the tokens of the full pass; what it computed for those that ask is not used.
+    """
+
+    places: Places
+    chosen: Tensor
+    at: Tensor
+    _asked: dict[tuple[int, int, int], Asked] = field(default_factory=dict, repr=False)
+
+    def whole(self, own: Tensor, full: Tensor | None) -> Tensor:
+        """[N, ...] of all tokens, from those that ask and from the full pass."""
+        row = own.new_zeros(len(self.places), *own.shape[1:])
+        if full is not None:
+            row.index_copy_(0, self.at, full)
+        return row.index_copy_(0, self.chosen, own)
+
+    def asked(self, window: int, dilation: int, shift: int) -> Asked:
+        """Which windows those that ask stand in; made once for all blocks of a kind."""
+        kind = (window, dilation, shift)
+        if kind not in self._asked:
+            self._asked[kind] = _asked(self.places.plan(*kind), self.chosen, window, dilation)
+        return self._asked[kind]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The windows of a light pass.
+
+    Attributes:
+        keys: [W, window], slots of the windows that somebody asks in.
+        queries: [W, m], numbers among those that ask; a window with fewer than m has its first one several times.
+        seen: [W, 1, m, window] bool.
+        window, column: [n], where the answer to each stands.
+    """
+
+    keys: Tensor
+    queries: Tensor
+    seen: Tensor
+    window: Tensor
+    column: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [n, H, K] of those that ask, k and v [length, H, K] in slots -> [n, H, K]."""
+        q, k, v = (x[at].transpose(1, 2) for x, at in ((q, self.queries), (k, self.keys), (v, self.keys)))
+        return scaled_dot_product_attention(q, k, v, attn_mask=self.seen).transpose(1, 2)[self.window, self.column]
+
+
+def _asked(plan: Plan, chosen: Tensor, window: int, dilation: int) -> Asked:
+    slot, group = plan.slot[chosen], window * dilation
+    used, own = (slot // group * dilation + slot % dilation).unique(return_inverse=True)
+    keys = (used // dilation * group + used % dilation)[:, None] + dilation * torch.arange(window, device=slot.device)
+    count = torch.bincount(own, minlength=len(used))
+    order = own.argsort(stable=True)
+    first = count.cumsum(0) - count
+    column = torch.empty_like(order)
+    column[order] = torch.arange(len(order), device=order.device) - first[own[order]]
+    queries = order[first][:, None].repeat(1, int(count.max()))
+    queries[own, column] = torch.arange(len(order), device=order.device)
+    of_query = slot[queries]
+    seen = plan.samples[of_query][:, :, None] == plan.samples[keys][:, None]
+    seen &= plan.depths[of_query][:, :, None] >= plan.depths[keys][:, None]
+    return Asked(keys, queries, seen[:, None], own, column)
 
 
 def places_of(octree: Octree, depths: range, *, max_depth: int, first_depth: int, is_aligned: bool) -> Places:
@@ -299,40 +371,50 @@ class OctreeBlock(nn.Module):
             )
 
     def forward(
-        self, x: Tensor, places: Places, context: Tensor | None = None, kept: Kept | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        places: Places,
+        context: Tensor | None = None,
+        kept: Kept | None = None,
+        layer: int = 0,
+        light: Light | None = None,
     ) -> Tensor:
         """x [N, D] -> [N, D].
 
         Args:
             context: [B, L, C], the condition's tokens.
-            kept: keys and values of the tokens in places.before, under the number of the layer; those of x are put in under -1 - layer.
+            kept: keys and values of the tokens in places.before, under the number of the layer; those of x are put in under -1 - layer. In a light pass what
+                is there belongs to the full one.
+            light: x and places are those that ask alone.
         """
         x = x + self.positions(places)
         q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.num_heads, -1)).unbind(1)  # [N, H, K]
         q, k = self.rotary(q, k, places.xyz)
-        if kept is not None:
-            kept[-1 - layer] = (k, v)
-        y = self._attend(q, k, v, places, None if kept is None else kept.get(layer))
+        nothing: tuple[Tensor | None, Tensor | None] = (None, None)
+        older = nothing if kept is None else kept.get(layer, nothing)
+        if light is not None:
+            full = nothing if kept is None else kept.get(-1 - layer, nothing)
+            plan = light.places.plan(self.window, self.dilation, self.shift)
+            k, v = (_laid(plan, light.whole(x, f), o) for x, f, o in zip((k, v), full, older, strict=True))
+            y = light.asked(self.window, self.dilation, self.shift).attend(q, k, v)
+        else:
+            if kept is not None:
+                kept[-1 - layer] = (k, v)
+            y = self._attend(q, k, v, places, older)
         x = x + self.dropout(self.dropout(self.proj(y.flatten(1))))
         if self.cross is not None and context is not None:
             assert self.cross_norm is not None
             x = x + self._cross(self.cross_norm(x), places, context)
         return x + self.dropout(self.mlp(self.norm2(x)))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places, kept: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, places: Places, older: tuple[Tensor | None, Tensor | None]
+    ) -> Tensor:
         plan = places.plan(self.window, self.dilation, self.shift)
-
-        def lay(own: Tensor, older: Tensor | None) -> Tensor:
-            row = own.new_zeros(plan.length, *own.shape[1:]).index_copy(0, plan.slot, own)
-            if older is None or plan.kept is None or plan.kept_slot is None:
-                return row
-            return row.index_copy(0, plan.kept_slot, older[plan.kept])
-
-        older_k, older_v = kept if kept is not None else (None, None)
         y = octree_attention(
-            lay(q, None),
-            lay(k, older_k),
-            lay(v, older_v),
+            _laid(plan, q, None),
+            _laid(plan, k, older[0]),
+            _laid(plan, v, older[1]),
             plan.samples,
             window=self.window,
             dilation=self.dilation,
@@ -351,6 +433,14 @@ class OctreeBlock(nn.Module):
         rows[places.samples[order], column] = x[order]
         out = self.cross(rows, context, context, need_weights=False)[0]
         return torch.empty_like(x).index_copy(0, order, out[places.samples[order], column])
+
+
+def _laid(plan: Plan, own: Tensor, older: Tensor | None) -> Tensor:
+    """[length, ...] in the slots of a plan: tokens [N, ...], and those that are kept."""
+    row = own.new_zeros(plan.length, *own.shape[1:]).index_copy(0, plan.slot, own)
+    if older is None or plan.kept is None or plan.kept_slot is None:
+        return row
+    return row.index_copy(0, plan.kept_slot, older[plan.kept])
 
 
 class OctreeStack(nn.Module):
@@ -379,7 +469,14 @@ class OctreeStack(nn.Module):
         )
         self.norm = nn.LayerNorm(options["dim"]) if options["norm"] == "layer" else RMSNorm(options["dim"])  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, places: Places, context: Tensor | None = None, kept: Kept | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        places: Places,
+        context: Tensor | None = None,
+        kept: Kept | None = None,
+        light: Light | None = None,
+    ) -> Tensor:
         for layer, block in enumerate(self.blocks):
-            x = block(x, places, context, kept, layer)
+            x = block(x, places, context, kept, layer, light)
         return self.norm(x)

@@ -150,6 +150,11 @@ class Grow:
         found = [growing.logits(values, known) for growing in self.growing]
         return found[0] if len(found) == 1 else torch.lerp(found[1], found[0], self.strength)
 
+    def light(self, values: Tensor, known: Tensor, chosen: Tensor, keeps_condition: bool = False) -> Tensor:
+        """Of some tokens, numbers [m], with what the last `logits` kept of the others: [m, ...]."""
+        found = [growing.light(values, known, chosen, keeps_condition) for growing in self.growing]
+        return found[0] if len(found) == 1 else torch.lerp(found[1], found[0], self.strength)
+
     def finish(self, values: Tensor) -> None:
         if self.bits:
             self.codes = values

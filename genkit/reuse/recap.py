@@ -1,7 +1,8 @@
 """Light steps between full ones: only the tokens of a group are computed, all others stay as the last full step saw them.
 
 Liu et al., "Plug-and-Play Context Feature Reuse for Efficient Masked Generation" (ReCAP), NeurIPS 2025. What is kept and how a light step uses it:
-genkit/nn/context.py; which tokens form a group: the samplers `masked` and `mar`. Nothing is approximated between groups, as each begins with a full step.
+genkit/nn/context.py, of octrees nn/octree_windows.py; which tokens form a group: the samplers `masked`, `mar` and `octree_masked`. Nothing is approximated
+between groups, as each begins with a full step.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from genkit.nn.context import Context
 
 
 class Recap:
-    """A group is one full step and `light` light ones. Works with backbones whose tokens meet by attention alone: masked, bert, uvit, mage, mar.
+    """A group is one full step and `light` light ones. Works with backbones whose tokens meet by attention alone: masked, bert, uvit, mage, mar,
+    octgpt, whose depths are counted each by itself.
 
     Args:
         full_steps: so many steps at the beginning are full ones by themselves: with few tokens known, what is kept ages fast. Of 32 steps the paper has

@@ -25,11 +25,15 @@ class OctreeMasked:
     In step i of T of a depth, the tokens still unknown after it are floor(n cos(pi / 2 (i + 1) / T)) of its n, at least one until the last step; which ones is
     a random order, not the model's confidence. Late steps also draw known tokens anew where the model would now choose another value.
 
+    With reuse the steps of each depth come in groups (genkit/reuse/recap.py): light steps compute the tokens that their group reveals and no others, and draw
+    nothing anew.
+
     Args:
         num_steps: calls per depth; one number for all depths, or one for each.
         temperature: of the draw, at the start of a depth; it falls linearly to 0. One number, or one per depth.
         remask: share of the tokens the model disagrees with that are drawn anew in a late step; codes half of it. 0 = off.
         remask_from: a step is late from this fraction of the steps on.
+        reuse: kinds that group steps: recap.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class OctreeMasked:
         temperature: float | list[float] = 1.0,
         remask: float = 0.2,
         remask_from: float = 0.7,
+        reuse: Any = None,
     ):
         for steps in num_steps if isinstance(num_steps, list) else [num_steps]:
             if steps < 1:
@@ -49,13 +54,15 @@ class OctreeMasked:
         if not 0 <= remask <= 1 or not 0 <= remask_from <= 1:
             raise UsageError(f"sampler.remask={remask} and remask_from={remask_from} must be in [0, 1]")
         self.num_steps, self.temperature, self.remask, self.remask_from = num_steps, temperature, remask, remask_from
+        self.reuse = reuse
 
     def __call__(self, predict: PredictTree, start: Any, rng: Rng, on_step: OnStep | None = None) -> Any:
         """The finished tokens, what predict.result() returns.
 
         Args:
             predict: where the octrees grow: `depths`, how many there are; `samples` [n], of the nodes of the present depth; `bits`, 0 where a token is a
-                split bit, else those of a code; logits(values [n] or [n, bits], known [n]) -> [..., 2]; finish(values), which turns to the next depth.
+                split bit, else those of a code; logits(values [n] or [n, bits], known [n]) -> [..., 2]; finish(values), which turns to the next depth; with
+                reuse light(values, known, chosen [m] int64, keeps_condition) -> logits [m, ..., 2].
             start: octrees with the nodes of the first depth.
             rng: one stream per shape.
             on_step: is shown the values of the depth with -1 where they are unknown.
@@ -84,31 +91,33 @@ class OctreeMasked:
         draws = rng.fork("draw")
         values = torch.full((len(samples), bits) if bits else (len(samples),), -1, device=samples.device)
         known = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
-        left = count
-        for step in range(num_steps):
-            u = draws.uniform(widest * max(1, bits)).to(samples.device)  # drawn in every step, needed or not
-            last = step + 1 == num_steps
-            wanted = (count * math.cos(math.pi / 2 * (step + 1) / num_steps)).floor().long()
-            after = torch.zeros_like(left) if last else torch.minimum(wanted, left - 1).clamp_min(1)
-            after = torch.minimum(after, left)
-            chosen = ~known & (rank >= after[samples])
-            is_late = bool(self.remask) and step > num_steps * self.remask_from
-            left = after
-            if not chosen.any() and not is_late:
-                continue  # fewer tokens than steps
-            logits = predict.logits(values, known)
-            if is_late:
-                chosen = chosen | self._doubted(logits, values, known, samples, B, bits)
-            # The value is 1 where u is at or above the probability of 0.
-            zero = torch.sigmoid(
-                (logits[..., 0] - logits[..., 1]).float() / (temperature * (num_steps - step) / num_steps)
-            )
-            own = u.unflatten(1, (widest, bits))[samples, column] if bits else u[samples, column]
-            drawn = (own >= zero).long()
-            values = torch.where(chosen[:, None] if bits else chosen, drawn, values)
-            known = known | chosen
-            if on_step is not None:
-                on_step(done + step, total, values)
+        remaining = _remaining(count, num_steps)
+        sizes, step = [1] * num_steps if self.reuse is None else self.reuse.groups(num_steps), 0
+        for size in sizes:
+            group = ~known & (rank >= remaining[step + size - 1][samples])  # what its steps reveal
+            for number in range(size):
+                u = draws.uniform(widest * max(1, bits)).to(samples.device)  # drawn in every step, needed or not
+                own = u.unflatten(1, (widest, bits))[samples, column] if bits else u[samples, column]
+                heat = temperature * (num_steps - step) / num_steps
+                chosen = ~known & (rank >= remaining[step][samples])
+                is_late = bool(self.remask) and step > num_steps * self.remask_from
+                step += 1
+                if number == 0 and (is_late or group.any()):
+                    logits = predict.logits(values, known)
+                    if is_late:
+                        anew = self._doubted(logits, values, known, samples, B, bits)
+                        chosen, group = chosen | anew, group | anew  # what changes is computed in light steps, too
+                    drawn = _drawn(logits, own, heat)
+                elif number and chosen.any():
+                    asked = group.nonzero().squeeze(1)
+                    logits = predict.light(values, known, asked, self.reuse.keeps_condition)
+                    drawn = values.index_copy(0, asked, _drawn(logits, own[asked], heat))
+                else:
+                    continue  # fewer tokens than steps
+                values = torch.where(chosen[:, None] if bits else chosen, drawn, values)
+                known = known | chosen
+                if on_step is not None:
+                    on_step(done + step - 1, total, values)
         return values
 
     def _doubted(self, logits: Tensor, values: Tensor, known: Tensor, samples: Tensor, B: int, bits: int) -> Tensor:
@@ -125,6 +134,22 @@ class OctreeMasked:
         place = _rank(torch.where(is_wrong, -score, math.inf), samples)
         count = torch.bincount(samples, minlength=B)
         return is_wrong & (place - (count.cumsum(0) - count)[samples] < budget[samples])
+
+
+def _remaining(count: Tensor, num_steps: int) -> list[Tensor]:
+    """How many of the tokens [B] of each shape are unknown after each step."""
+    left, found = count, []
+    for step in range(num_steps):
+        wanted = (count * math.cos(math.pi / 2 * (step + 1) / num_steps)).floor().long()
+        after = torch.minimum(torch.minimum(wanted, left - 1).clamp_min(1), left)
+        left = torch.zeros_like(left) if step + 1 == num_steps else after
+        found.append(left)
+    return found
+
+
+def _drawn(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
+    """[...] int64 of logits [..., 2]: 1 where u is at or above the probability of 0."""
+    return (u >= torch.sigmoid((logits[..., 0] - logits[..., 1]).float() / temperature)).long()
 
 
 def _rank(values: Tensor, samples: Tensor) -> Tensor:
