@@ -138,6 +138,19 @@ def test_a_plane_on_every_node_is_that_plane_in_space():
     torch.testing.assert_close(rise, g.expand(300, 3), rtol=1e-3, atol=1e-3)
 
 
+def test_who_blends_is_the_same_by_the_table_of_places_and_by_search(monkeypatch):
+    tree = octree(5)
+    points = torch.rand(500, 3, generator=torch.Generator().manual_seed(0)) * 2.6 - 1.3  # some outside
+    points[0], owner = torch.tensor([50.0, -50.0, 0.0]), torch.arange(500) % tree.batch_size
+    by_table = around(tree, points, owner, range(3, 6))
+    assert tree.raster(5, 2) is not None
+    monkeypatch.setattr("genkit.octree.octree._MOST_PLACES", 0)
+    by_search = around(tree, points, owner, range(3, 6))
+    for d, near in by_table.items():
+        for name, value in vars(near).items():
+            torch.testing.assert_close(value, vars(by_search[d])[name], rtol=0, atol=0, msg=f"depth {d}, {name}")
+
+
 def test_the_gradient_is_that_of_the_function():
     tree = octree(4)
     values = torch.randn(

@@ -15,6 +15,8 @@ from torch import Tensor
 from genkit.kernels.octree_neighbours.op import octree_neighbours
 from genkit.octree import keys as zorder
 
+_MOST_PLACES = 2**25  # of a table of all places in space
+
 # Which of a 3x3x3 neighbourhood, dz fastest, a smaller kernel has.
 KERNELS = {
     "333": None,
@@ -127,6 +129,22 @@ class Octree:
         is_inside = ((place >= 0) & (place < 1 << depth)).all(-1) & (samples >= 0) & (samples < self.batch_size)
         found = self.find(zorder.encode(place.clamp(0, (1 << depth) - 1), samples), depth, is_dense)
         return torch.where(is_inside, found, -1)
+
+    def raster(self, depth: int, margin: int) -> Tensor | None:
+        """Numbers of the nodes laid out in space, [batch, 2^depth + 2 margin, .., ..] int32, -1 where there is none: a search is then one look-up. None where
+        that would take more than 128 MiB.
+        """
+        side = (1 << depth) + 2 * margin
+        if self.batch_size * side**3 > _MOST_PLACES:
+            return None
+
+        def make() -> Tensor:
+            table = torch.full((self.batch_size, side, side, side), -1, dtype=torch.int32, device=self.device)
+            x, y, z = (self.xyz(depth) + margin).unbind(1)
+            table[self.samples(depth), x, y, z] = torch.arange(self.count(depth), dtype=torch.int32, device=self.device)
+            return table
+
+        return self._keep(f"raster {margin}", depth, make)
 
     def find(self, key: Tensor, depth: int, is_dense: bool = True) -> Tensor:
         """Numbers of the nodes with these keys, -1 where there is none."""

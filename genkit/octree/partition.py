@@ -15,6 +15,7 @@ from torch import Tensor
 from genkit.kernels.scatter_sum.op import scatter_sum
 from genkit.octree.octree import Octree
 
+_MARGIN = 2  # of places where no nodes are, for both corners of what lies outside
 _SMALL = 1e-8  # of the sum of weights: far from every leaf the function is 0
 
 
@@ -40,7 +41,6 @@ class Around:
 def around(octree: Octree, points: Tensor, samples: Tensor, depths: range) -> dict[int, Around]:
     """Who blends at points [P, 3] in [-1, 1] of samples [P] int64, for each deepest depth of `depths`."""
     corner = torch.cartesian_prod(*[torch.arange(2, device=points.device)] * 3)  # [8, 3]
-    owner = samples.repeat_interleave(8)
     parts: list[tuple[Tensor, ...]] = []
     start = 0
     found = {}
@@ -48,16 +48,18 @@ def around(octree: Octree, points: Tensor, samples: Tensor, depths: range) -> di
         scale = 2.0**d
         place = (points + 1) * (scale / 2) - 0.5  # [P, 3], centres are whole
         low = place.floor()
-        node_place = low.long()[:, None] + corner  # [P, 8, 3]
-        number = octree.search(node_place.flatten(0, 1), owner, d)  # [P * 8]
+        number = _numbers(octree, low, corner, samples, d)  # [P * 8]
         here = (number >= 0).nonzero().squeeze(1)
         number = number.index_select(0, here)
-        offset = (place[:, None] - node_place).flatten(0, 1).index_select(0, here)  # [K, 3] in nodes
+        query = here // 8
+        offset = (place - low).index_select(0, query) - corner.to(place.dtype).index_select(
+            0, here % 8
+        )  # [K, 3] in nodes
         near = 1 - offset.abs()
         x, y, z = near.unbind(1)
         strength = d**2 / 50
         slope = torch.stack([y * z, x * z, x * y], 1) * offset.sign() * (-strength * scale / 2)
-        own = (here // 8, number + start, x * y * z * strength, slope, offset * (2 / scale))
+        own = (query, number + start, x * y * z * strength, slope, offset * (2 / scale))
         if d in depths:
             rows = [torch.cat(columns) for columns in zip(*parts, own, strict=True)]
             found[d] = Around(rows[0], rows[1], rows[2], rows[3], rows[4], len(points))
@@ -65,6 +67,20 @@ def around(octree: Octree, points: Tensor, samples: Tensor, depths: range) -> di
         parts.append(tuple(column.index_select(0, is_leaf) for column in own))
         start += octree.count(d)
     return found
+
+
+def _numbers(octree: Octree, low: Tensor, corner: Tensor, samples: Tensor, depth: int) -> Tensor:
+    """Numbers [P * 8] of the nodes at low [P, 3], whole, plus corner [8, 3]; -1 = no node."""
+    raster = octree.raster(depth, _MARGIN)
+    if raster is None:
+        places = low.long()[:, None] + corner
+        return octree.search(places.flatten(0, 1), samples.repeat_interleave(8), depth)
+    side = raster.shape[-1]
+    # Places far outside end in the margin, both corners of them.
+    x, y, z = (low.clamp(-_MARGIN, side - _MARGIN - 2).long() + _MARGIN).unbind(1)
+    first = ((samples * side + x) * side + y) * side + z
+    steps = (corner[:, 0] * side + corner[:, 1]) * side + corner[:, 2]
+    return raster.view(-1)[(first[:, None] + steps).flatten()].long()
 
 
 def blend(values: Tensor, near: Around) -> Tensor:
