@@ -41,6 +41,15 @@ from genkit.shapes import picture_sheet, write_samples
 DATA = {"type": "shapes", "num_shapes": 4, "classes": ["chair", "bottle"], "num_points": 300, "num_distances": 0}
 SMALL: dict[str, Any] = {"size": 32, "cells": 2, "views": 4, "resolution": 24}
 NAMES = ("chair", "bottle")
+TREE: dict[str, Any] = {
+    "full_depth": 1,
+    "code_depth": 3,
+    "bits": 6,
+    "dim": 24,
+    "depth": 4,
+    "num_heads": 2,
+    "window": 16,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -243,6 +252,8 @@ def test_a_cut_off_picture_is_refused(tmp_path):
         (lambda: Pictures().shapes, "was saved without its data; give pictures"),
         (lambda: Pictures(data={"type": "meshes", "path": "no/such"}).shapes, "or given .genkit sample RUN --image"),
         (lambda: PictureEncoder(dim=8, size=48, cells=4), "48 pixels in 4 cells"),
+        (lambda: OctGPT(**TREE, picture_size=64, buffer=15), r"of 16 parts of a picture; set backbone\.buffer=16"),
+        (lambda: OctGPT(**TREE, text_length=64, buffer=15), r"of 64 letters; set backbone\.buffer=64"),
         (lambda: PictureEncoder(dim=8, size=32)(torch.zeros(2, 1, 64, 64)), r"expected \[B, 1, 32, 32\]"),
     ],
 )
@@ -297,8 +308,7 @@ def test_an_image_encoder_of_transformers_is_attended_to(tmp_path):
 @pytest.mark.parametrize("context", ["concat", "cross"])
 def test_a_picture_reaches_its_own_shape_and_its_encoder_learns(context):
     torch.manual_seed(0)
-    sizes = {"full_depth": 1, "code_depth": 3, "bits": 6, "dim": 24, "depth": 4, "num_heads": 2, "window": 16}
-    model = OctGPT(**sizes, dilation=2, buffer=4, dropout=0.0, picture_size=32, picture_cells=2, context=context)
+    model = OctGPT(**TREE, dilation=2, buffer=4, dropout=0.0, picture_size=32, picture_cells=2, context=context)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -331,7 +341,7 @@ def test_a_picture_reaches_its_own_shape_and_its_encoder_learns(context):
     (losses["split"].mean() + losses["code"].mean()).backward()
     assert [n for n, p in model.picture.named_parameters() if p.grad is None or not p.grad.any()] == []
     with pytest.raises(UsageError, match="one or the other"):
-        OctGPT(**sizes, picture_size=32, text_length=4)
+        OctGPT(**TREE, picture_size=32, text_length=4)
 
 
 # Whole lines

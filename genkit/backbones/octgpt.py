@@ -96,6 +96,12 @@ class OctGPT(ModelMixin, ConfigMixin):
             )
         if depth < 2 or depth % 2:
             raise UsageError(f"backbone.depth={depth} must be even: half of the blocks are the encoder's")
+        tokens = text_length or (0 if picture_size is None else (picture_cells or 4) ** 2)
+        if tokens > buffer:
+            what = "letters" if text_length else "parts of a picture"
+            raise UsageError(
+                f"backbone.buffer={buffer} holds the condition, of {tokens} {what}; set backbone.buffer={tokens}"
+            )
         max_depth = code_depth if max_depth is None else max_depth
         if not full_depth <= code_depth <= max_depth + 1:
             raise UsageError(
