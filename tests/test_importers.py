@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from genkit import importing
 from genkit.errors import GenkitError, UsageError
+from genkit.foreign import read_weights
 from genkit.importers import diffusers_kl, diffusers_vq, llamagen_vq, maskgit_vqgan, taming_kl, taming_vqgan
 from genkit.importers.names import fill
-from genkit.importing import import_weights, importers, read_weights
+from genkit.importing import import_weights, importers
 from genkit.pipeline import open_run
 from tests import golden, golden_vqgan
 
