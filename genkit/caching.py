@@ -37,7 +37,7 @@ def token_dataset(config: Mapping[str, Any], tokenizer: Any, fingerprint: str, r
 
     dataset = registry.build("data", config["data"])
     if isinstance(dataset, Tokens):
-        check_cache(dataset, tokenizer, fingerprint, config)
+        check_cache(dataset, fingerprint, config)
         return dataset
     if "type" in config["tokenizer"]:
         return Pixelwise(dataset, float(tokenizer.pixel_std))
@@ -60,7 +60,7 @@ def token_dataset(config: Mapping[str, Any], tokenizer: Any, fingerprint: str, r
     return Tokens(path=str(path))
 
 
-def check_cache(tokens: Any, tokenizer: Any, fingerprint: str, config: Mapping[str, Any]) -> None:
+def check_cache(tokens: Any, fingerprint: str, config: Mapping[str, Any]) -> None:
     """Raises UsageError for a cache named as the data that another tokenizer made: its latents mean something else to this one."""
     if "type" in config["tokenizer"]:
         raise UsageError(

@@ -72,7 +72,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
         positions={(True, True): "waves+tables", (True, False): "waves", (False, True): "tables"}.get(
             (has_waves, has_tables), "none"
         ),
-        **_router(state, options, num_grains, inner),
+        **_router(state, options, num_grains),
     )
     table = dict(state)
     if "quantize.codebook.weight" in table:
@@ -82,7 +82,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     return tokenizer.eval()
 
 
-def _router(state: Mapping[str, Tensor], options: Mapping[str, Any], num_grains: int, inner: int) -> dict[str, Any]:
+def _router(state: Mapping[str, Tensor], options: Mapping[str, Any], num_grains: int) -> dict[str, Any]:
     """The router's options: from its weights where it has any, else it goes by entropy."""
     if not has(state, "encoder.router."):
         ratio = next((options[name] for name in _RATIO if name in options), 0.5)

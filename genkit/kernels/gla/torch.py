@@ -7,9 +7,8 @@ from torch import Tensor
 
 _CHUNK = 64
 _LEAF = 4  # pairs closer than this are summed one by one
-_CLOSED = (
-    -60.0
-)  # exp of it is below what rounds; sums of much less would round themselves, and -inf - -inf is no number
+# exp of it is below what rounds; sums of much less would round themselves, and -inf - -inf is no number.
+_CLOSED = -60.0
 
 
 def gla(

@@ -7,10 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad, silu, softplus
 from torch.utils.checkpoint import checkpoint
 
-_STEPS, _BLOCKS = (
-    16,
-    16,
-)  # a stretch is 256 tokens: 16 blocks that are scanned side by side in 16 steps, then joined in 16
+# A stretch is 256 tokens: 16 blocks that are scanned side by side in 16 steps, then joined in 16.
+_STEPS, _BLOCKS = 16, 16
 
 
 def selective_scan(

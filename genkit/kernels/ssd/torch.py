@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 _CHUNK = 64
-_CLOSED = (
-    -60.0
-)  # exp of it is below what rounds; sums of much less would round themselves, and -inf - -inf is no number
+# exp of it is below what rounds; sums of much less would round themselves, and -inf - -inf is no number.
+_CLOSED = -60.0
 
 
 def ssd(
