@@ -7,8 +7,9 @@ import torch
 from genkit.checkpoint import Run, point
 from genkit.console import Progress
 from genkit.errors import UsageError
-from genkit.job import Job, averaged, pipeline_of
+from genkit.job import Job
 from genkit.report import Report
+from genkit.snapshots import averaged, pipeline_of
 
 
 def is_due(job: Job) -> bool:

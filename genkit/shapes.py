@@ -29,7 +29,7 @@ def picture(job: Any, held_out: Any, count: int) -> Any:
         device = job.accelerator.device
         tokens = job.model.encode(batch["points"].to(device), batch["normals"].to(device))
         return contact_sheet(job.model.meshes(tokens), columns=min(count, 6))
-    from genkit.job import pipeline_of
+    from genkit.snapshots import pipeline_of
 
     labels = torch.arange(count) % len(job.class_names) if job.class_names else torch.full((count,), -1)
     seeds = sample_seeds(job.config["train"]["seed"], 0, count)

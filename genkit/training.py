@@ -24,11 +24,12 @@ from genkit.checkpoint import Run
 from genkit.console import Progress
 from genkit.data.loader import batches
 from genkit.errors import GenkitError
-from genkit.job import Job, draw, save, set_up
+from genkit.job import Job, set_up
 from genkit.judging import is_due, judge
 from genkit.nn.packed import multiplied
 from genkit.optim import learning_rate
 from genkit.rng import Rng
+from genkit.snapshots import draw, save
 
 
 class Stopped(GenkitError):
