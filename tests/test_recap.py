@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from genkit import config
 from genkit.backbones.bert import Bert
 from genkit.backbones.mage import MAGE
 from genkit.backbones.mar import MAR
@@ -15,6 +14,7 @@ from genkit.backbones.masked import Masked as MaskedBackbone
 from genkit.backbones.octgpt import OctGPT
 from genkit.backbones.uvit import UViT
 from genkit.errors import UsageError
+from genkit.fitting import check_reuse
 from genkit.guidance import Guidance, guide
 from genkit.interfaces import Cache
 from genkit.nn.context import Context, rows_of
@@ -357,6 +357,6 @@ def test_octrees_without_light_steps_are_plain_to_the_bit_and_with_them_the_same
 
 def test_a_recipe_of_octrees_may_have_light_steps():
     section = {"type": "octree_masked", "reuse": {"type": "recap", "light": 1}}
-    config.check_reuse(section, {"type": "octree_masked"})
+    check_reuse(section, {"type": "octree_masked"})
     with pytest.raises(UsageError, match="serves latents"):
-        config.check_reuse(section | {"reuse": {"type": "skip_blocks"}}, {"type": "octree_masked"})
+        check_reuse(section | {"reuse": {"type": "skip_blocks"}}, {"type": "octree_masked"})
