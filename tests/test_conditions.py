@@ -33,6 +33,7 @@ from genkit.objectives.flow import Flow
 from genkit.objectives.masked import Masked as MaskedObjective
 from genkit.optional import is_installed
 from genkit.pipeline import open_run
+from genkit.reuse.skip_blocks import SkipBlocks
 from genkit.rng import Rng
 from tests.tiny import GENERATOR, TOKENIZER
 
@@ -431,6 +432,20 @@ def test_a_diffusion_transformer_without_a_context_has_no_attention_to_one():
     }
     with pytest.raises(UsageError, match=r"the context is \[2, 3, 6\], expected \[B, k, 5\]"):
         told(torch.zeros(2, 3, 4, 4), torch.zeros(2), {"context": torch.ones(2, 3, 6)}, dense_layout((4, 4)))
+
+
+@torch.no_grad()
+def test_a_diffusion_transformer_reads_texts_once_for_all_steps():
+    mixer = {"type": "attention", "num_heads": 2}
+    model = DiT(channels=3, num_classes=0, grid=(4, 4), dim=16, depth=2, mixer=mixer, text_length=4)
+    read: list[int] = []
+    model.told.text.register_forward_hook(lambda *_: read.append(1))
+    for network in (model, SkipBlocks(full_steps=1).start(model)):
+        predict = guide(Flow(), network, {"text": bytes_of(["ab", "c"], 4)}, dense_layout((4, 4)), Guidance(2.0))
+        read.clear()
+        for t in (1.0, 0.7, 0.4, 0.1):
+            predict(torch.ones(2, 3, 4, 4), torch.tensor(t))
+        assert not read
 
 
 def test_retrieval_augmented_diffusion_from_recipe_to_another_database(here):
