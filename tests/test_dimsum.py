@@ -16,6 +16,7 @@ from genkit.interfaces import Layout
 from genkit.nn.drop_path import DropPath
 from genkit.nn.layout import dense_layout
 from genkit.nn.wavelet import haar_packet, inverse_haar_packet, packet_matrix
+from tests.networks import noisy, run
 
 pytestmark = pytest.mark.usefixtures("paths_of_users")
 LABELS = torch.tensor([0, 3, -1])
@@ -32,17 +33,6 @@ def network(grid: tuple[int, ...] = GRID, random: bool = True, **options: Any) -
             if "mixer.scans" not in name:  # a scan with any decay rates would not stay finite
                 torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
-
-
-def noisy(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def run(
-    model: Any, x: Tensor, t: Tensor | None = None, label: Tensor | None = None, layout: Layout | None = None
-) -> Tensor:
-    t = torch.linspace(0.1, 0.9, len(x)) if t is None else t
-    return model(x, t, {} if label is None else {"label": label}, layout or dense_layout(tuple(x.shape[2:])))
 
 
 # --- wavelets and windows

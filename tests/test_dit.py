@@ -17,6 +17,7 @@ from genkit.nn.grid_positions import GridPositions, grid_waves
 from genkit.nn.layout import dense_layout
 from genkit.nn.patch import patchify, unpatchify
 from genkit.nn.timestep import time_waves
+from tests.networks import noisy, run
 
 # Width, depth and heads of the paper's sizes, and how many weights train with patches of 2 on 32x32 latents of 4 channels and 1000 classes.
 SIZES = {
@@ -41,17 +42,6 @@ def network(grid: tuple[int, ...] = (6, 8), random: bool = True, **options: Any)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
-
-
-def noisy(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def run(
-    model: Any, x: Tensor, t: Tensor | None = None, label: Tensor | None = None, layout: Layout | None = None
-) -> Tensor:
-    t = torch.linspace(0.1, 0.9, len(x)) if t is None else t
-    return model(x, t, {} if label is None else {"label": label}, layout or dense_layout(tuple(x.shape[2:])))
 
 
 # --- parts

@@ -20,6 +20,7 @@ from genkit.nn.layout import dense_layout
 from genkit.nn.packing import Packing
 from genkit.nn.patch import patchify, unpatchify
 from genkit.nn.rope import rope_table, rotate
+from tests.networks import noisy, run
 
 LABELS = torch.tensor([0, 3, -1])
 FIRST: dict[str, Any] = {"shared_adaln": False, "qk_norm": False, "mlp_dim": 64, "learn_sigma": True}  # FiT, not FiTv2
@@ -33,17 +34,6 @@ def network(grid: tuple[int, ...] = (6, 8), random: bool = True, **options: Any)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
-
-
-def noisy(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def run(
-    model: Any, x: Tensor, t: Tensor | None = None, label: Tensor | None = None, layout: Layout | None = None
-) -> Tensor:
-    t = torch.linspace(0.1, 0.9, len(x)) if t is None else t
-    return model(x, t, {} if label is None else {"label": label}, layout or dense_layout(tuple(x.shape[2:])))
 
 
 def mixed(sizes: list[tuple[int, int]], channels: int = 3) -> tuple[list[Tensor], Tensor, Layout]:

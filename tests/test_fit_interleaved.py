@@ -12,6 +12,7 @@ from genkit.backbones.fit_interleaved import LATENTS, CrossAttention, FITInterle
 from genkit.errors import UsageError
 from genkit.interfaces import Layout
 from genkit.nn.layout import dense_layout
+from tests.networks import noisy
 
 LABELS = torch.tensor([0, 3, -1])
 GRID = (8, 16)  # 4x8 tokens in 2x4 tiles of 2x2
@@ -26,10 +27,6 @@ def network(grid: tuple[int, ...] = GRID, random: bool = True, **options: Any) -
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
-
-
-def noisy(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def run(model: Any, x: Tensor, t: Tensor | None = None, label: Tensor | None = None, **options: Any) -> Tensor:
