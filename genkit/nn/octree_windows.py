@@ -168,12 +168,13 @@ class Light:
     at: Tensor
     _asked: dict[tuple[int, int, int], Asked] = field(default_factory=dict, repr=False)
 
-    def whole(self, own: Tensor, full: Tensor | None) -> Tensor:
-        """[N, ...] of all tokens, from those that ask and from the full pass."""
-        row = own.new_zeros(len(self.places), *own.shape[1:])
-        if full is not None:
-            row.index_copy_(0, self.at, full)
-        return row.index_copy_(0, self.chosen, own)
+    def laid(self, plan: Plan, own: Tensor, full: Tensor | None, older: Tensor | None) -> Tensor:
+        """[length, ...] in the slots of a plan, from those that ask, from the full pass and from what is kept."""
+        row = own.new_zeros(plan.length, *own.shape[1:])
+        for slot, values in ((plan.slot[self.at], full), (plan.kept_slot, older), (plan.slot[self.chosen], own)):
+            if slot is not None and values is not None:
+                row.index_copy_(0, slot, values if values is not older or plan.kept is None else values[plan.kept])
+        return row
 
     def asked(self, window: int, dilation: int, shift: int) -> Asked:
         """Which windows those that ask stand in; made once for all blocks of a kind."""
@@ -395,7 +396,7 @@ class OctreeBlock(nn.Module):
         if light is not None:
             full = nothing if kept is None else kept.get(-1 - layer, nothing)
             plan = light.places.plan(self.window, self.dilation, self.shift)
-            k, v = (_laid(plan, light.whole(x, f), o) for x, f, o in zip((k, v), full, older, strict=True))
+            k, v = (light.laid(plan, x, f, o) for x, f, o in zip((k, v), full, older, strict=True))
             y = light.asked(self.window, self.dilation, self.shift).attend(q, k, v)
         else:
             if kept is not None:
