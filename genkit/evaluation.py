@@ -150,16 +150,10 @@ def evaluate(
         "ema": ema,
         **subject.identity,
     }
-    unsaved = []
-    if out is not None:
-        out = Path(out)
-    elif subject.record is not None:
-        # What is not the run's own evaluation has a name of its own, and leaves that one alone.
-        is_own = protocol is None and metrics is None and reference is None and count is None
-        asked = protocol or _shortened("-".join(spec["type"] for spec in specs))
-        out = subject.record if is_own else _renamed(subject.record, asked, total, reference)
-        if not _is_writable(out.parent):
-            unsaved, out = [f"the report is not kept: {out.parent} cannot be written to; name a file with -o"], None
+    # What is not the run's own evaluation has a name of its own, and leaves that one alone.
+    is_own = protocol is None and metrics is None and reference is None and count is None
+    asked = "" if is_own else protocol or _shortened("-".join(spec["type"] for spec in specs))
+    out, unsaved = _record(out, subject, asked, total, reference)
     partial = Partial(out, settings, rank, world)
     first, last = total * rank // world, total * (rank + 1) // world
     done = partial.restore(measured)
@@ -264,10 +258,21 @@ def _feed(measured: list[Any], batch: dict[str, Any], number: Tensor, total: int
         metric.update(**(without if hasattr(metric, "reference") else wrapped), number=number, total=total)
 
 
-def _renamed(record: Path, asked: str, total: int, reference: str | None) -> Path:
-    """The name of a report that differs from the usual one: STEP-adm-50000-REFERENCE.json."""
-    against = "" if reference is None else "-" + _shortened(re.sub(r"[^\w.]+", "-", Path(reference).stem).strip("-"))
-    return record.with_stem(f"{record.stem}-{asked}-{total}{against}")
+def _record(
+    out: str | Path | None, subject: Subject, asked: str, total: int, reference: str | None
+) -> tuple[Path | None, list[str]]:
+    """The file of the report, STEP.json or of another evaluation than the usual one STEP-ASKED-COUNT-REFERENCE.json, and a note where it cannot be written."""
+    if out is not None or subject.record is None:
+        return (None if out is None else Path(out)), []
+    found = subject.record
+    if asked:
+        against = (
+            "" if reference is None else "-" + _shortened(re.sub(r"[^\w.]+", "-", Path(reference).stem).strip("-"))
+        )
+        found = found.with_stem(f"{found.stem}-{asked}-{total}{against}")
+    if not _is_writable(found.parent):
+        return None, [f"the report is not kept: {found.parent} cannot be written to; name a file with -o"]
+    return found, []
 
 
 def _shortened(words: str) -> str:
