@@ -48,7 +48,7 @@ class OctGPT(ModelMixin, ConfigMixin):
         text_length: letters of the texts in cond["text"], read by an encoder that is trained here, whose states are the context; None = none.
         picture_size, picture_cells: pixels along a side of the pictures in cond["picture"], and tokens along a side (4 where nothing is said) that an encoder
             trained here makes of them; None = none. The section `condition` of a recipe sets one of the three.
-        embed_std: of what is made of split bits, codes and classes at first. Theirs, 0.02, is small beside the positions that every block adds, and takes long
+        embed_std: of what is made of split bits, codes, classes and the condition's tokens at first. Theirs, 0.02, is small beside the positions that every block adds, and takes long
             to be noticed; short training needs about 0.5.
         context: how they come in: "concat" in the buffer, "cross" by attention in every second block as well.
     """
@@ -159,8 +159,9 @@ class OctGPT(ModelMixin, ConfigMixin):
                 nn.init.zeros_(module.bias)
         for weight in (self.split.weight, self.label.weight, self.code.weight):
             nn.init.normal_(weight, std=embed_std)
-        if self.mask is not None:
+        if self.mask is not None and self.context_proj is not None:
             nn.init.normal_(self.mask, std=embed_std)
+            nn.init.normal_(self.context_proj.weight, std=max(0.02, embed_std * self.context_proj.in_features**-0.5))
 
     def forward(self, tokens: OctreeTokens, known: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """Logits of the split bits [S, 2] and of the bits of the codes [M, bits, 2].
