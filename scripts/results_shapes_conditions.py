@@ -44,7 +44,7 @@ POINTS = 2048
 LIGHT = {
     "12 + 24 full": ([12, 24], None, None),
     "every second one light": ([12, 24], 0, 1),
-    "the same, first half full": ([12, 24], [6, 12], 1),
+    "the same, first six full": ([12, 24], 6, 1),
     "three of four light": ([12, 24], 0, 3),
     "6 + 12 full": ([6, 12], None, None),
     "3 + 6 full": ([3, 6], None, None),
@@ -158,18 +158,6 @@ def by_caption(runs: Path) -> dict[str, Any]:
     return {"rows": rows, "count": ASKED, "new": new, **parts.counters(pipeline)}
 
 
-class PerDepth(Recap):
-    """Another number of leading full steps for each depth, told apart by their steps."""
-
-    def __init__(self, alone: Mapping[int, int], light: int) -> None:
-        super().__init__(light=light)
-        self.alone = alone
-
-    def groups(self, num_steps: int) -> list[int]:
-        self.full_steps = self.alone[num_steps]
-        return super().groups(num_steps)
-
-
 @torch.no_grad()
 def light_steps(runs: Path) -> dict[str, Any]:
     """The same labels and seeds with light steps and without: CPU seconds to draw the tokens of a shape, in batches and alone, and how good they are."""
@@ -183,10 +171,7 @@ def light_steps(runs: Path) -> dict[str, Any]:
 
     def draw(name: str, part: slice) -> tuple[Any, float]:
         steps, alone, light = LIGHT[name]
-        reuse = None
-        if light is not None:
-            each = alone if isinstance(alone, list) else [alone or 0] * 2
-            reuse = PerDepth(dict(zip(steps, each, strict=True)), light)
+        reuse = None if light is None else Recap(full_steps=alone or 0, light=light)
         sampler = Sampler(num_steps=steps, temperature=temperature, reuse=reuse)
         predict = Grow(pipeline.backbone, {"label": labels[part]})
         started = time.process_time()
