@@ -320,7 +320,7 @@ class Growing:
             light = Light(self.current.select(seen_now), rank[own[asking]], rank[visible])
             seen = model.encoder(x[asking], self.current.select(own[asking]), self.context, encoded, light)
             x = x.index_copy(0, asking, seen)
-        light = Light(self.current, own, torch.arange(len(self.current), device=own.device))
+        light = Light(self.current, own, None)
         y = model.decoder(x, self.current.select(own), self.context, decoded, light)
         return self._read(y[len(own) - len(chosen) :])
 

@@ -54,6 +54,7 @@ class Places:
     is_stable: bool = True
     before: Places | None = None
     _plans: dict[tuple[int, int, int], Plan] = field(default_factory=dict, repr=False)
+    _waves: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -99,6 +100,12 @@ class Places:
             self.is_stable,
             self.before,
         )
+
+    def waves(self, dim: int) -> Tensor:
+        """[N, dim], see `waves`; made once for all blocks."""
+        if dim not in self._waves:
+            self._waves[dim] = waves(self.xyz, dim).flatten(1)[:, :dim]
+        return self._waves[dim]
 
     def plan(self, window: int, dilation: int, shift: int) -> Plan:
         """Who stands in which window; made once for all blocks of a kind."""
@@ -160,27 +167,19 @@ class Light:
     Attributes:
         places: of all tokens, those that ask and those that are only seen.
         chosen: [n] int64, numbers of those that ask.
-        at: numbers of the tokens of the full pass; what it computed for those that ask is not used.
+        at: numbers of the tokens of the full pass, None = all; what it computed for those that ask is not used.
     """
 
     places: Places
     chosen: Tensor
-    at: Tensor
+    at: Tensor | None
     _asked: dict[tuple[int, int, int], Asked] = field(default_factory=dict, repr=False)
-
-    def laid(self, plan: Plan, own: Tensor, full: Tensor | None, older: Tensor | None) -> Tensor:
-        """[length, ...] in the slots of a plan, from those that ask, from the full pass and from what is kept."""
-        row = own.new_zeros(plan.length, *own.shape[1:])
-        for slot, values in ((plan.slot[self.at], full), (plan.kept_slot, older), (plan.slot[self.chosen], own)):
-            if slot is not None and values is not None:
-                row.index_copy_(0, slot, values if values is not older or plan.kept is None else values[plan.kept])
-        return row
 
     def asked(self, window: int, dilation: int, shift: int) -> Asked:
         """Which windows those that ask stand in; made once for all blocks of a kind."""
         kind = (window, dilation, shift)
         if kind not in self._asked:
-            self._asked[kind] = _asked(self.places.plan(*kind), self.chosen, window, dilation)
+            self._asked[kind] = _asked(self.places.plan(*kind), self, window, dilation)
         return self._asked[kind]
 
 
@@ -189,17 +188,31 @@ class Asked:
     """The windows of a light pass.
 
     Attributes:
+        plan: of all tokens.
+        own, full: slots of those that ask, and of the tokens of the full pass.
         keys: [W, window], slots of the windows that somebody asks in.
         queries: [W, m], numbers among those that ask; a window with fewer than m has its first one several times.
         seen: [W, 1, m, window] bool.
         window, column: [n], where the answer to each stands.
     """
 
+    plan: Plan
+    own: Tensor
+    full: Tensor
     keys: Tensor
     queries: Tensor
     seen: Tensor
     window: Tensor
     column: Tensor
+
+    def laid(self, own: Tensor, full: Tensor | None, older: Tensor | None) -> Tensor:
+        """[length, ...] in slots, of those that ask, of the full pass, and of what is kept of finished depths."""
+        plan, row = self.plan, own.new_zeros(self.plan.length, *own.shape[1:])
+        if full is not None:
+            row.index_copy_(0, self.full, full)
+        if older is not None and plan.kept is not None and plan.kept_slot is not None:
+            row.index_copy_(0, plan.kept_slot, older[plan.kept])
+        return row.index_copy_(0, self.own, own)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [n, H, K] of those that ask, k and v [length, H, K] in slots -> [n, H, K]."""
@@ -207,8 +220,9 @@ class Asked:
         return scaled_dot_product_attention(q, k, v, attn_mask=self.seen).transpose(1, 2)[self.window, self.column]
 
 
-def _asked(plan: Plan, chosen: Tensor, window: int, dilation: int) -> Asked:
-    slot, group = plan.slot[chosen], window * dilation
+def _asked(plan: Plan, light: Light, window: int, dilation: int) -> Asked:
+    slot, group = plan.slot[light.chosen], window * dilation
+    full = plan.slot if light.at is None else plan.slot[light.at]
     used, own = (slot // group * dilation + slot % dilation).unique(return_inverse=True)
     keys = (used // dilation * group + used % dilation)[:, None] + dilation * torch.arange(window, device=slot.device)
     count = torch.bincount(own, minlength=len(used))
@@ -221,7 +235,7 @@ def _asked(plan: Plan, chosen: Tensor, window: int, dilation: int) -> Asked:
     of_query = slot[queries]
     seen = plan.samples[of_query][:, :, None] == plan.samples[keys][:, None]
     seen &= plan.depths[of_query][:, :, None] >= plan.depths[keys][:, None]
-    return Asked(keys, queries, seen[:, None], own, column)
+    return Asked(plan, slot, full, keys, queries, seen[:, None], own, column)
 
 
 def places_of(octree: Octree, depths: range, *, max_depth: int, first_depth: int, is_aligned: bool) -> Places:
@@ -316,7 +330,7 @@ class NodePositions(nn.Module):
         """[N, D]."""
         depth = self.depth(places.depths)
         if self.table is None:
-            return depth + waves(places.xyz, self.dim).flatten(1)[:, : self.dim].to(depth.dtype)
+            return depth + places.waves(self.dim).to(depth.dtype)
         rows = self.table.unflatten(1, (-1, 3))  # [places, D / 3, 3]
         found = [rows[:, :, axis][places.xyz[:, axis].long()] for axis in range(3)]
         return depth + torch.stack(found, 2).flatten(1)
@@ -395,9 +409,8 @@ class OctreeBlock(nn.Module):
         older = nothing if kept is None else kept.get(layer, nothing)
         if light is not None:
             full = nothing if kept is None else kept.get(-1 - layer, nothing)
-            plan = light.places.plan(self.window, self.dilation, self.shift)
-            k, v = (light.laid(plan, x, f, o) for x, f, o in zip((k, v), full, older, strict=True))
-            y = light.asked(self.window, self.dilation, self.shift).attend(q, k, v)
+            asked = light.asked(self.window, self.dilation, self.shift)
+            y = asked.attend(q, *(asked.laid(x, f, o) for x, f, o in zip((k, v), full, older, strict=True)))
         else:
             if kept is not None:
                 kept[-1 - layer] = (k, v)
