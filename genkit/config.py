@@ -50,6 +50,14 @@ class Train(_Section):
         False,
         description="of data in sizes of their own: every batch has images of one size, for backbones that take no padding",
     )
+    init: str | None = Field(
+        None,
+        description="a run, checkpoint or imported pipeline whose weights training starts from; the steps, the averages and the optimiser start anew",
+    )
+    init_new: list[str] = Field(
+        default_factory=list,
+        description="patterns of parameters that do not come from there: 'label.*' for other classes",
+    )
     num_workers: int = Field(0, ge=0, description="processes that load data; 0 suits data held in memory")
     max_bad_steps: int = Field(
         5, ge=1, description="stop after this many steps in a row with a loss that is not finite"

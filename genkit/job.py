@@ -25,6 +25,7 @@ from genkit.nn.grid_tokenizer import latent_grid
 from genkit.nn.layout import dense_layout, padded_layout
 from genkit.optim import adamw
 from genkit.rng import derive
+from genkit.starting import start_from
 
 
 @dataclass
@@ -124,14 +125,15 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
                 condition.prepare(len(dataset))
         model = backbone_of(config, tokenizer, condition.takes, grid)
         check_sizes(model, dataset, config, tokenizer.channels)
+    last, part = run.last, "tokenizer" if config.task == "tokenize" else "backbone"
+    if last is None and settings["init"]:
+        start_from(model, settings["init"], part, settings["init_new"])
     torch.manual_seed(derive(settings["seed"], accelerator.process_index))  # dropout, another mask in every process
     model.to(accelerator.device)
     optimizer = adamw(model, settings)
     ema = Ema(model, settings["ema"]) if settings["ema"] is not None else None
     counters = Counters()
-    last = run.last
     if last is not None:
-        part = "tokenizer" if config.task == "tokenize" else "backbone"
         if ema is not None:
             ema.load(checkpoint.load_weights(model, last / "pipeline" / part, variant="ema"))
         checkpoint.load_weights(model, last / "pipeline" / part)
