@@ -133,12 +133,13 @@ def measure(out: Path, only: list[str]) -> None:
             if not list((out / name / "eval").glob(f"*-{COUNT}.json")):
                 genkit.evaluate(out / name, count=COUNT, batch_size=100)
             keep(f"seconds {name}", lambda run=out / name: seconds(run))
-    for _, name, _, guidance in ROWS:
+    for _, name, told, guidance in ROWS:
         if is_asked(name):
-            keep(f"fd {name} {guidance:g}", lambda n=name, g=guidance: distance(open_run(out / n), g))
+            figures = withheld if told == "nothing" else distance
+            keep(f"fd {name} {guidance}", lambda n=name, g=guidance, f=figures: f(open_run(out / n), g))
             keep(f"parameters {name}", lambda n=name: weights(open_run(out / n)))
     if is_asked("gpt"):
-        keep("fd withheld", lambda: withheld(out / "gpt"))
+        keep("fd withheld", lambda: withheld(open_run(out / "gpt"), 1))
     for name in SWAPPED:
         if is_asked(name):
             pipe = open_run(out / name)
@@ -169,11 +170,10 @@ def distance(pipe: Any, guidance: float) -> dict[str, float]:
     return {row["metric"].partition(" ")[0]: row["value"] for row in report.rows}
 
 
-def withheld(run: Path) -> dict[str, float]:
-    """FD of a generator that was told classes, and is told none."""
-    pipe = open_run(run)
+def withheld(pipe: Any, guidance: float) -> dict[str, float]:
+    """FD of a generator of classes that is told none: all that it knows if it was trained so, and its rows of classes were not."""
     pipe._told = Label()
-    report = genkit.evaluate(pipe, count=COUNT, guidance=1.0, metrics=[{"type": "frechet"}], batch_size=100)
+    report = genkit.evaluate(pipe, count=COUNT, guidance=guidance, metrics=[{"type": "frechet"}], batch_size=100)
     return {"FD": float(report["FD"])}
 
 
