@@ -140,6 +140,18 @@ def test_a_condition_of_tokens_reaches_its_own_shape_alone(context):
         model(tokens, known, {"context": torch.zeros(3, 6, 8)})
 
 
+def test_the_mask_may_hold_what_is_told_and_nothing_where_nothing_is():
+    plain, told = (tiny(context_dim=8, buffer=5, num_classes=0, has_told_mask=has) for has in (False, True))
+    words = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+    words[1], words[2, 2:] = 0, 0
+    (_, _, learned), (front, _, mask) = (model.condition({"context": words}, 3) for model in (plain, told))
+    assert torch.equal(learned, told.mask.expand(3, -1))
+    assert torch.equal(mask[1], learned[1])
+    front = front.unflatten(0, (3, 5))
+    torch.testing.assert_close(mask[0] - learned[0], front[0, :4].mean(0))
+    torch.testing.assert_close(mask[2] - learned[2], front[2, :2].mean(0))
+
+
 def test_captions_are_read_dropped_and_guided_away_from():
     model, tokens = tiny(num_classes=0, text_length=6, buffer=6, embed_std=0.5), shapes()
     owner = samples_of(tokens.octree)

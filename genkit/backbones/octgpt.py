@@ -50,6 +50,8 @@ class OctGPT(ModelMixin, ConfigMixin):
             trained here makes of them; None = none. The section `condition` of a recipe sets one of the three.
         embed_std: of what is made of split bits, codes, classes and the condition's tokens at first. Theirs, 0.02, is small beside the positions that every block adds, and takes long
             to be noticed; short training needs about 0.5.
+        has_told_mask: the vector that stands for an unknown token holds the mean of the condition's tokens as well, as it holds the class where there are
+            classes; the released models do without, and learn what they are told later.
         context: how they come in: "concat" in the buffer, "cross" by attention in every second block as well.
     """
 
@@ -81,6 +83,7 @@ class OctGPT(ModelMixin, ConfigMixin):
         context_dim: int | None = None,
         context: Literal["concat", "cross"] = "concat",
         embed_std: float = 0.02,
+        has_told_mask: bool = False,
         text_length: int | None = None,
         picture_size: int | None = None,
         picture_cells: int | None = None,
@@ -115,7 +118,7 @@ class OctGPT(ModelMixin, ConfigMixin):
         self.label = nn.Embedding(max(1, num_classes + has_null * bool(num_classes)), dim)
         self.has_null = has_null or not num_classes
         self.code = nn.Linear(bits, dim)
-        self.attends_to_context = context == "cross"
+        self.attends_to_context, self.has_told_mask = context == "cross", has_told_mask
         self.mask = self.context_norm = self.context_proj = self.text = self.picture = None
         if text_length is not None:
             self.text = TextEncoder(dim=dim, num_heads=num_heads, length=text_length)
@@ -151,8 +154,11 @@ class OctGPT(ModelMixin, ConfigMixin):
 
     def initialise(self, embed_std: float) -> None:
         """Linear layers and tables from N(0, 0.02), as in the official code, but for what reads tokens and classes; the attention to a condition keeps
-        torch's."""
+        torch's, and so do the encoders of texts and pictures, which the official code has none of: from 0.02 they take long to say anything."""
+        kept = {module for encoder in (self.text, self.picture) if encoder is not None for module in encoder.modules()}
         for module in self.modules():
+            if module in kept:
+                continue
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -178,9 +184,9 @@ class OctGPT(ModelMixin, ConfigMixin):
 
     def decode_all(self, x: Tensor, places: Places, known: Tensor, cond: Cond) -> Tensor:
         """Embedded tokens [T, D], those that are not known replaced by the mask -> features [T, D], in one go."""
-        front, context = self.condition(cond, places.batch_size)
+        front, context, mask = self.condition(cond, places.batch_size)
         ahead = in_front(self.buffer, places)
-        x = torch.cat([front, torch.where(known[:, None], x, self.masked(cond, places))])
+        x = torch.cat([front, torch.where(known[:, None], x, mask[places.samples])])
         everywhere = ahead.followed_by(places)
         visible = torch.cat([known.new_ones(len(front)), known]).nonzero().squeeze(1)
         seen = self.encoder(x.index_select(0, visible), everywhere.select(visible), context)
@@ -218,10 +224,11 @@ class OctGPT(ModelMixin, ConfigMixin):
             )
         return torch.where(label < 0, len(self.label.weight) - 1, label)
 
-    def condition(self, cond: Cond, batch_size: int) -> tuple[Tensor, Tensor | None]:
-        """(tokens in front of all shapes [B buffer, D], what blocks attend to [B, L, C] or None)."""
-        if self.context_proj is None:
-            return self.label(self.labels(cond, batch_size)).repeat_interleave(self.buffer, 0), None
+    def condition(self, cond: Cond, batch_size: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(tokens in front of all shapes [B buffer, D], what blocks attend to [B, L, C] or None, what stands for an unknown token [B, D])."""
+        if self.context_proj is None or self.mask is None:
+            label = self.label(self.labels(cond, batch_size))
+            return label.repeat_interleave(self.buffer, 0), None, label
         word = "text" if self.text is not None else "picture" if self.picture is not None else "context"
         if word not in cond:
             raise UsageError(
@@ -238,14 +245,12 @@ class OctGPT(ModelMixin, ConfigMixin):
         front = self.context_proj(self.context_norm(context))  # [B, L, D]
         if front.shape[1] > self.buffer:
             raise UsageError(f"{front.shape[1]} tokens of the condition do not fit a buffer of {self.buffer}")
+        mask = self.mask.expand(batch_size, -1)
+        if self.has_told_mask:
+            is_said = (context != 0).any(-1, keepdim=True)  # [B, L, 1]
+            mask = mask + (front * is_said).sum(1) / is_said.sum(1).clamp_min(1)
         front = nn.functional.pad(front, (0, 0, 0, self.buffer - front.shape[1]))
-        return front.flatten(0, 1), context if self.attends_to_context else None
-
-    def masked(self, cond: Cond, places: Places) -> Tensor:
-        """[T, D]: what stands for an unknown token, the class of its shape or a vector of its own."""
-        if self.mask is not None:
-            return self.mask.expand(len(places), -1)
-        return self.label(self.labels(cond, places.batch_size))[places.samples]
+        return front.flatten(0, 1), context if self.attends_to_context else None, mask
 
 
 class Growing:
@@ -265,11 +270,11 @@ class Growing:
             raise UsageError(
                 "windows that run on through a batch change with every token: set backbone.is_aligned=true"
             )
-        self.model, self.cond = model, cond
+        self.model = model
         self.encoded: Kept = {}
         self.decoded: Kept = {}
         self.done: Places | None = None
-        self.front, self.context = model.condition(cond, octree.batch_size)
+        self.front, self.context, self.mask = model.condition(cond, octree.batch_size)
         self.at(octree)
 
     def at(self, octree: Octree) -> None:
@@ -283,7 +288,7 @@ class Growing:
     def logits(self, values: Tensor, known: Tensor) -> Tensor:
         """Of the current depth: values [n] or [n, bits], known [n] -> [n, 2] or [n, bits, 2]. Light passes may follow."""
         model = self.model
-        x = self._behind_front(torch.where(known[:, None], self._embed(values), model.masked(self.cond, self.nodes)))
+        x = self._behind_front(torch.where(known[:, None], self._embed(values), self.mask[self.nodes.samples]))
         visible = torch.cat([known.new_ones(len(x) - len(known)), known]).nonzero().squeeze(1)
         encoded, decoded = dict(self.encoded), dict(self.decoded)
         if len(visible):
@@ -306,9 +311,7 @@ class Growing:
         """
         model, (visible, encoded, decoded) = self.model, self.full
         ahead = len(self.current) - len(known)
-        x = torch.where(
-            known[chosen, None], self._embed(values[chosen]), model.masked(self.cond, self.nodes.select(chosen))
-        )
+        x = torch.where(known[chosen, None], self._embed(values[chosen]), self.mask[self.nodes.samples[chosen]])
         own = chosen + ahead
         if ahead and not keeps_condition:
             x = torch.cat([self.front, x])
