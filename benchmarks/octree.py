@@ -1,4 +1,5 @@
-"""Octrees against ocnn: building, neighbours, convolution; attention of octree tokens against dense attention over the same ones.
+"""Octrees against ocnn: building, neighbours, convolution; attention of octree tokens against dense attention over the same ones; a light step of OctGPT
+against a full one.
 
 `genkit bench octree` times the pairs. `python benchmarks/octree.py` prints how attention grows.
 """
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+from genkit.backbones.octgpt import Growing, OctGPT
 from genkit.bench import Case
 from genkit.kernels.octree_attention.op import octree_attention
 from genkit.nn.octree_conv import OctreeConv
-from genkit.octree.build import from_points
+from genkit.octree.build import from_points, until
 from genkit.octree.octree import Octree
 
 H, K = 8, 48
@@ -64,6 +66,8 @@ def cases(quick: bool) -> Iterable[Case]:
             windowed(q),
             lambda q=q: scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in q.values())),
         )
+    full, light, count = steps(ours, 5 if quick else 6)
+    yield Case(f"OctGPT 4x144, light step over a twelfth of {count:,} nodes", "its full step", 3, light, full)
 
 
 def cloud(count: int) -> Tensor:
@@ -113,6 +117,34 @@ def training(forward: Callable[[], Tensor], wanted: list[Tensor]) -> Callable[[]
 def windowed(q: dict[str, Tensor]) -> Callable[[], Tensor]:
     samples = torch.zeros(len(q["q"]), dtype=torch.int64)
     return lambda: octree_attention(**q, batch_ids=samples, window=WINDOW, dilation=DILATION)  # type: ignore[arg-type]
+
+
+def steps(octree: Octree, depth: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor], int]:
+    """(a full step of the toy generator over the codes at this depth of a shape, a light one of a group of a twelfth, nodes)."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"dim": 144, "depth": 4, "num_heads": 6, "window": WINDOW, "dilation": 2, "buffer": 8}
+    model = OctGPT(bits=16, full_depth=octree.full_depth, code_depth=depth, **sizes).eval()
+    with torch.no_grad():
+        growing = Growing(model, {}, until(octree, octree.full_depth))
+        for d in range(octree.full_depth, depth):
+            growing.at(until(octree, d))
+            growing.finish(octree.is_occupied(d).long())
+        growing.at(until(octree, depth))
+    count = octree.count(depth)
+    random = torch.Generator().manual_seed(0)
+    values, known = torch.randint(0, 2, (count, 16), generator=random), torch.rand(count, generator=random) < 0.5
+    group = (torch.rand(count, generator=random) < 1 / 12).nonzero().squeeze(1)
+
+    def run(step: Callable[[], Tensor]) -> Tensor:
+        with torch.no_grad():
+            return step()
+
+    run(lambda: growing.logits(values, known))
+    return (
+        lambda: run(lambda: growing.logits(values, known)),
+        lambda: run(lambda: growing.light(values, known, group)),
+        count,
+    )
 
 
 def main() -> None:
