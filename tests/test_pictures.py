@@ -309,6 +309,7 @@ def test_an_image_encoder_of_transformers_is_attended_to(tmp_path):
 def test_a_picture_reaches_its_own_shape_and_its_encoder_learns(context):
     torch.manual_seed(0)
     model = OctGPT(**TREE, dilation=2, buffer=4, dropout=0.0, picture_size=32, picture_cells=2, context=context)
+    assert model.picture.blocks[0].mlp.up.weight.std() > 0.05 > model.split_head.weight.std() > 0.01, "as torch begins"
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
