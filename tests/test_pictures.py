@@ -18,6 +18,7 @@ from genkit.backbones.octgpt import OctGPT
 from genkit.cli import main
 from genkit.conditions import pictures
 from genkit.conditions.captions import Captions
+from genkit.conditions.held_out import of_class
 from genkit.conditions.label import Label
 from genkit.conditions.neighbours import Neighbours
 from genkit.conditions.pictures import Encoder, Pictures, framed
@@ -189,6 +190,23 @@ def test_held_out_shapes_stand_in_for_pictures_that_are_not_given():
     views = [condition.pictures("held out", n) for n in range(2)]
     assert all((views[label] == one).flatten(1).all(1).any() for label, one in zip((0, 1, 1), ink, strict=False))
     assert not any((condition.pictures("train", n)[:, None] == ink).flatten(2).all(2).any() for n in range(4))
+
+
+def test_captions_of_held_out_shapes_stand_in_for_those_that_are_not_given():
+    said = Captions(length=64, class_names=NAMES, data=DATA)
+    labels = torch.tensor([0, 1, -1, 0])
+    text = said.of_request(labels, Rng.at(0, 0, 4))["text"]
+    assert torch.equal(said.of_request(labels[3:], Rng.at(0, 3, 1))["text"], text[3:])
+    val = Shapes(**{k: v for k, v in DATA.items() if k != "type"}, split="val")
+    assert [bytes(row[row > 0].tolist()).decode() for row in text] == [
+        val.caption(0),
+        val.caption(1),
+        "",
+        val.caption(0),
+    ]
+    assert val.caption(0) == val[0]["caption"]
+    with pytest.raises(UsageError, match="no held-out shape is of class bottle; say what to draw"):
+        of_class([], 1, NAMES)
 
 
 # What is given

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genkit import registry
+from genkit.conditions.held_out import held_out, of_class
 from genkit.errors import UsageError
 from genkit.interfaces import Cond
 from genkit.nn.text import bytes_of
@@ -46,7 +48,7 @@ class Captions:
     ):
         if length < 1:
             raise UsageError(f"condition.length={length} must be at least 1")
-        self.class_names, self.length = tuple(class_names), length
+        self.class_names, self.length, self.data = tuple(class_names), length, data
         self.folder = None
         if files:
             if data is None or data.get("type") != "folder":
@@ -78,7 +80,7 @@ class Captions:
         database: Any = None,
         images: Sequence[Any] | None = None,
     ) -> Cond:
-        """Without texts the captions are the names of the classes."""
+        """Without texts the captions are the names of the classes, or, where the data know captions, those of held-out samples of the classes."""
         if images is not None:
             raise UsageError(
                 "pictures were given, and this generator was trained on captions; say what to draw by --caption"
@@ -86,7 +88,7 @@ class Captions:
         if database is not None:
             raise UsageError("a database was given, and this generator was trained on captions; leave it out")
         if texts is None:
-            texts = [self._of_class(label) for label in labels.tolist()]
+            texts = self._chosen(labels, rng)
         if len(texts) != len(labels):
             raise UsageError(f"{len(texts)} captions for {len(labels)} samples; give one for each")
         return self._cond(texts, labels.device)
@@ -96,6 +98,17 @@ class Captions:
 
     def classes(self, database: Any = None) -> list[int]:
         return list(range(len(self.class_names)))
+
+    def _chosen(self, labels: Tensor, rng: Rng) -> list[str]:
+        known = self.data is not None and hasattr(registry.find("data", self.data["type"]), "caption")
+        if not known:
+            return [self._of_class(label) for label in labels.tolist()]
+        shapes, found = held_out(self.data or {}), []
+        at = rng.fork("caption").uniform().cpu().double().tolist()
+        for label, u in zip(labels.tolist(), at, strict=True):
+            own = [] if label < 0 else of_class(shapes, label, self.class_names)
+            found.append(shapes.caption(own[int(u * len(own))]) if own else "")
+        return found
 
     def _of_class(self, label: int) -> str:
         return self.class_names[label] if label >= 0 else ""

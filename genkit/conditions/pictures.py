@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from genkit import files, registry
+from genkit.conditions.held_out import held_out, of_class
 from genkit.errors import GenkitError, UsageError
 from genkit.interfaces import Cond
 from genkit.meshes.lines import outlined
@@ -128,10 +129,7 @@ class Pictures:
     def held_out(self) -> Any:
         """The split val of the same data; the data themselves where there is none."""
         self.shapes  # noqa: B018 - says what is missing
-        try:
-            return registry.build("data", {**dict(self.data or {}), "split": "val"})
-        except UsageError:
-            return self.shapes
+        return held_out(self.data or {})
 
     def _numbers(self, batch: Mapping[str, Any]) -> list[int]:
         """Of the samples in the data: a cache of tokens leaves out files that cannot be used."""
@@ -230,18 +228,10 @@ class Pictures:
         at, views = rng.uniform().cpu().double().tolist(), rng.integers(self.views).tolist()
         found = []
         for label, u, view in zip(labels.tolist(), at, views, strict=True):
-            own = self._of_class(label)
+            own = of_class(self.held_out, label, self.class_names)
             first = int(u * len(own))
             found.append(self._first_good([*own[first:], *own[:first]])[view])
         return torch.stack(found)
-
-    def _of_class(self, label: int) -> list[int]:
-        shapes = self.held_out
-        of_each = getattr(shapes, "labels", None) or [i % len(self.class_names) for i in range(len(shapes))]
-        own = [i for i, other in enumerate(of_each) if label in (-1, other)]
-        if not own:
-            raise UsageError(f"no held-out shape is of class {self.class_names[label]}; give a picture by --image")
-        return own
 
     def _first_good(self, numbers: Sequence[int]) -> Tensor:
         for i, number in enumerate(numbers):

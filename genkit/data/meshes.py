@@ -149,6 +149,10 @@ class Meshes:
             raise GenkitError(f"{path}: {findings}; set data.repair=true, or data.num_distances=0 for surfaces alone")
         return mesh
 
+    def caption(self, index: int) -> str:
+        """The name of the file, in words."""
+        return Path(self.keys[index]).stem.replace("_", " ").replace("-", " ")
+
     def place(self, index: int) -> Path:
         """Where the prepared mesh is kept, or will be: a name of its own for every file, change of it, and way of preparing."""
         path = self.path / self.keys[index]
@@ -208,7 +212,7 @@ class Meshes:
             "label": self.labels[index],
             "index": index,
             "key": key,
-            "caption": Path(key).stem.replace("_", " ").replace("-", " "),
+            "caption": self.caption(index),
         }
         if self.num_distances:
             # Places near the surface come first, those far from it last: every share of them is taken alike.

@@ -104,6 +104,10 @@ class Shapes:
         """Parts, caption and style of a shape, before it is scaled."""
         return self._made(index)[1]
 
+    def caption(self, index: int) -> str:
+        """What a shape is made of, in words."""
+        return self.design(index).caption
+
     def solid(self, index: int) -> Solid:
         """The shape, scaled to a longest side of 1.6 around the origin."""
         return self._made(index)[0]
