@@ -37,6 +37,7 @@ PICTURES, CAPTIONS = "octgpt-pictures-shapes", "octgpt-captions-shapes"
 PAGE = RESULTS / "shapes.md"
 SHOWN = 36  # held-out shapes whose pictures are shown
 ASKED = 36  # captions of held-out shapes
+LIT = 24  # samples of every schedule of light steps
 BATCH = 8
 POINTS = 2048
 # Schedules of light steps, (steps of the two depths, steps that are full by themselves, light ones per full one); the first is plain, the last two are plain
@@ -163,8 +164,8 @@ def light_steps(runs: Path) -> dict[str, Any]:
     """The same labels and seeds with light steps and without: CPU seconds to draw the tokens of a shape, in batches and alone, and how good they are."""
     pipeline = open_run(runs / parts.GENERATOR)
     dataset, names = parts.held_out(pipeline), list(pipeline.class_names)
-    real = dataset.__getitems__(list(range(SHOWN)))["points"][:, : parts.POINTS]
-    labels, seeds = torch.arange(SHOWN) % len(names), sample_seeds(3, 0, SHOWN)
+    real = dataset.__getitems__(list(range(LIT)))["points"][:, : parts.POINTS]
+    labels, seeds = torch.arange(LIT) % len(names), sample_seeds(3, 0, LIT)
     temperature = pipeline.sampler["temperature"]
     rows: dict[str, dict[str, float]] = {name: {} for name in LIGHT}
     tokens: dict[str, list[Any]] = {name: [] for name in LIGHT}
@@ -181,11 +182,11 @@ def light_steps(runs: Path) -> dict[str, Any]:
     for name in LIGHT:
         draw(name, slice(0, 2))
     # By turns, so that whatever else the machine does falls on all alike.
-    for first in range(0, SHOWN, BATCH):
+    for first in range(0, LIT, BATCH):
         for name in LIGHT:
             found, seconds = draw(name, slice(first, first + BATCH))
             tokens[name].append(found)
-            rows[name]["together"] = rows[name].get("together", 0.0) + seconds / SHOWN
+            rows[name]["together"] = rows[name].get("together", 0.0) + seconds / LIT
     for i in range(BATCH):
         for name in LIGHT:
             rows[name]["alone"] = rows[name].get("alone", 0.0) + draw(name, slice(i, i + 1))[1] / BATCH
@@ -196,7 +197,7 @@ def light_steps(runs: Path) -> dict[str, Any]:
             "pieces": parts.mean([float(inspect(mesh).num_components) for mesh in meshes if len(mesh.faces)]),
             **parts.distances(real, meshes),
         }
-    return {"rows": rows, "count": SHOWN, "larger": larger(pipeline)}
+    return {"rows": rows, "count": LIT, "larger": larger(pipeline)}
 
 
 def larger(pipeline: Any) -> dict[str, dict[str, float]]:
