@@ -117,7 +117,7 @@ def of_steps(found: Mapping[str, Any]) -> str:
 def of_dense(found: Mapping[str, Any]) -> str:
     own = found["dense"]
     told = (
-        f"{own['parameters'] / 1e6:.2f} million weights, {own['seconds'] / 60:.1f} minutes like the generator, in which it saw {own['samples']:,} shapes. "
+        f"{own['parameters'] / 1e6:.2f} million weights, trained on as many shapes as the generator, {own['samples']:,} with repetition, in {own['seconds'] / 60:.1f} CPU minutes. "
         f"On a grid of 64 in the same patches, eight times the tokens, drawing takes {own['fine']:.1f} CPU seconds a shape (untrained weights)."
     )
     rows = {

@@ -193,10 +193,9 @@ def by_steps(runs: Path) -> dict[str, Any]:
 
 
 def dense(runs: Path) -> dict[str, Any]:
-    """A diffusion transformer over all voxels, as large as the generator and trained for as many seconds; and its seconds on a grid twice as fine."""
+    """A diffusion transformer over all voxels, as large as the generator and trained on as many shapes; and its seconds on a grid twice as fine."""
     pipeline = open_run(runs / GENERATOR)
     names, config = list(pipeline.class_names), pipeline.run_config
-    seconds = counters(pipeline)["seconds"]
     data = make("data", dict(config["data"]) | {"num_points": 16, "num_distances": 0})
     axis = torch.linspace(-BOX, BOX, SIDE)
     places = torch.cartesian_prod(axis, axis, axis)
@@ -215,18 +214,19 @@ def dense(runs: Path) -> dict[str, Any]:
     model, objective, layout = net(SIDE), Flow(cond_drop=0.1), dense_layout((SIDE,) * 3)
     ema = Ema(model, 0.99)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
-    started, step, batch_size = time.perf_counter(), 0, 16
-    while (spent := time.perf_counter() - started) < seconds:
-        # The rate goes up over a hundred steps and down to 0 when the seconds are over.
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * (1 - spent / seconds)
+    started, batch_size = time.process_time(), 16
+    num_steps = counters(pipeline)["samples"] // batch_size
+    for step in range(num_steps):
+        # The rate goes up over a hundred steps and down to 0 at the end.
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * (1 - step / num_steps)
         rng = Rng.at(0, step * batch_size, batch_size)
         rows = Rng.at(1, step, 1).integers(len(data), batch_size)[0]
         loss = objective(model, grids[rows], {"label": labels[rows]}, layout, rng)["velocity"].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        ema.update(step)
+        ema.update(step + 1)
+    seconds = time.process_time() - started
     model.eval()
     chosen = torch.arange(SHAPES) % len(names)
     with torch.no_grad(), ema.applied():
@@ -248,7 +248,7 @@ def dense(runs: Path) -> dict[str, Any]:
     real = held_out(pipeline).__getitems__(list(range(SHAPES)))["points"][:, :POINTS]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "samples": step * batch_size,
+        "samples": num_steps * batch_size,
         "seconds": seconds,
         "row": {
             "cpu_seconds": each,
