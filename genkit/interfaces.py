@@ -208,7 +208,7 @@ class Objective(Protocol):
 
     `target` says what of a batch it learns, and so what __call__ receives: "ids" or "z" made by a tokenizer, or "x", the data themselves, when
     a tokenizer is what is trained. Losses whose names begin with "_" are logged and not summed. `draws` says what its predictor is where the target does
-    not: "next" a PredictNext, "tokens" a PredictTokens. `asks` is what it wants of a backbone, in words that follow "asks for".
+    not: "next" a PredictNext, "tokens" a PredictTokens. `asks` is what it wants of a backbone, in words that messages say.
     """
 
     target: str
