@@ -23,6 +23,7 @@ PAGE = RESULTS / "shapes.md"
 MEASURED: dict[str, Callable[[Path], Any]] = {
     "by depth": parts.by_depth,
     "classes": parts.classes,
+    "longer": parts.longer,
     "by steps": parts.by_steps,
     "dense": parts.dense,
     "by size": parts.by_size,
@@ -53,7 +54,10 @@ def train(runs: Path) -> None:
     from genkit.training import train as run
 
     run(f"toy/{parts.TOKENIZER}", out=runs)
-    run(f"toy/{parts.GENERATOR}", [f"tokenizer.from={runs / parts.TOKENIZER}"], out=runs)
+    from_it = f"tokenizer.from={runs / parts.TOKENIZER}"
+    run(f"toy/{parts.GENERATOR}", [from_it], out=runs)
+    longer = [from_it, f"train.num_samples={parts.LONGER_SAMPLES}"]
+    run(f"toy/{parts.GENERATOR}", longer, name=parts.LONGER, out=runs)
 
 
 def page(found: Mapping[str, Any], runs: Path) -> None:
@@ -61,6 +65,7 @@ def page(found: Mapping[str, Any], runs: Path) -> None:
     render = {
         "by depth": of_depths,
         "classes": of_classes,
+        "longer": of_longer,
         "by steps": of_steps,
         "dense": of_dense,
         "by size": of_sizes,
@@ -70,7 +75,7 @@ def page(found: Mapping[str, Any], runs: Path) -> None:
         PAGE,
         {name: render[name](found) for name in render if name in found and (name != "dense" or "by steps" in found)},
     )
-    for name in ("shapes.png", "shapes-decoded.png", "shapes-dense.png"):
+    for name in ("shapes.png", "shapes-long.png", "shapes-decoded.png", "shapes-dense.png"):
         if (runs / name).exists():
             files.write_bytes(RESULTS / name, (runs / name).read_bytes())
 
@@ -103,6 +108,16 @@ def of_classes(found: Mapping[str, Any]) -> str:
     return table(
         (f"of {found['classes']['count']} samples, or 60 shapes", "named rightly", "of one piece", "watertight"), rows
     )
+
+
+def of_longer(found: Mapping[str, Any]) -> str:
+    rows = []
+    for steps, row in found["longer"]["rows"].items():
+        shares = (f"{100 * row[key]:.0f} %" for key in ("accuracy", "one piece", "watertight"))
+        near = (f"{value:.3g}" for value in (1000 * row["mmd"], row["cov"], row["nna"]))
+        rows.append((steps, row["count"], *shares, *near))
+    names = ("steps", "samples", "named rightly", "of one piece", "watertight", "MMD-CD x 1000", "COV", "1-NNA")
+    return f"After {found['longer']['samples']:,} shapes with repetition.\n\n" + table(names, rows)
 
 
 def of_steps(found: Mapping[str, Any]) -> str:

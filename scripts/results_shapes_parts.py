@@ -39,6 +39,7 @@ from genkit.shape_figures import SIZE
 from genkit.tokenizers.octree_vq import BOX, LEVEL
 
 TOKENIZER, GENERATOR = "octree-shapes", "octgpt-shapes"
+LONGER, LONGER_SAMPLES = "octgpt-shapes-long", 16_000  # the generator trained two and a half times as long
 SHAPES, POINTS, CELLS = 24, 512, 64
 # Steps of the two depths; the last reveals one token at a time wherever a shape has no more tokens than steps.
 STEPS = ([1, 1], [3, 6], [12, 24], [24, 48], [64, 400])
@@ -151,6 +152,29 @@ def classes(runs: Path) -> dict[str, Any]:
             "watertight": mean([float(f.is_watertight) for f in found]),
         }
     return {"rows": rows, "count": JUDGED}
+
+
+@torch.no_grad()
+def longer(runs: Path) -> dict[str, Any]:
+    """The same generator trained longer, in the recipe's steps and in a quarter of them; and what it draws."""
+    pipeline = open_run(runs / LONGER)
+    real = held_out(pipeline).__getitems__(list(range(SHAPES)))["points"][:, :POINTS]
+    rows = {}
+    for steps, count in (([12, 24], 48), ([3, 6], SHAPES)):
+        meshes, labels = draw(pipeline, count, seed=1, sampler=[f"num_steps={steps}"])
+        found = [inspect(mesh) for mesh in meshes]
+        rows[" + ".join(map(str, steps))] = {
+            "count": count,
+            "accuracy": class_accuracy(meshes, labels, list(pipeline.class_names)),
+            "one piece": mean([float(f.num_components == 1) for f in found]),
+            "watertight": mean([float(f.is_watertight) for f in found]),
+            **distances(real, meshes[:SHAPES]),
+        }
+        if count == 48:
+            shown = sorted(range(36), key=lambda i: (int(labels[i]), i))
+            sheet = contact_sheet([meshes[i] for i in shown], columns=6, size=160, row_names=pipeline.class_names)
+            write_png(runs / "shapes-long.png", sheet)
+    return {"rows": rows, **counters(pipeline)}
 
 
 def distances(real: Tensor, meshes: list[Mesh]) -> dict[str, float]:
