@@ -115,7 +115,7 @@ def of_longer(found: Mapping[str, Any]) -> str:
     for steps, row in found["longer"]["rows"].items():
         shares = (f"{100 * row[key]:.0f} %" for key in ("accuracy", "one piece", "watertight"))
         near = (f"{value:.3g}" for value in (1000 * row["mmd"], row["cov"], row["nna"]))
-        rows.append((steps, row["count"], *shares, *near))
+        rows.append((steps, str(row["count"]), *shares, *near))
     names = ("steps", "samples", "named rightly", "of one piece", "watertight", "MMD-CD x 1000", "COV", "1-NNA")
     return f"After {found['longer']['samples']:,} shapes with repetition.\n\n" + table(names, rows)
 
