@@ -40,10 +40,10 @@ class Knowing:
     """A network that knows x0: it gives exactly what its objective asks for."""
 
     def __init__(self, objective, x0: Tensor, channels: int = 1):
-        self.objective, self.x0, self.channels, self.told = objective, x0, channels, []
+        self.objective, self.x0, self.channels, self.heard = objective, x0, channels, []
 
     def __call__(self, x: Tensor, t: Tensor, cond, layout) -> Tensor:
-        self.told.append((x, t, cond))
+        self.heard.append((x, t, cond))
         o = self.objective
         if isinstance(o, Edm):
             sigma = (4 * t.double()).exp()
@@ -104,7 +104,7 @@ def test_labels_are_dropped_as_often_as_asked():
     for first in range(0, 4000, 1000):
         x0 = data(1).expand(1000, -1, -1, -1)
         objective(network, x0, {"label": torch.ones(1000, dtype=torch.int64)}, LAYOUT, Rng.at(0, first, 1000))
-    dropped = torch.cat([cond["label"] == -1 for _, _, cond in network.told]).float().mean()
+    dropped = torch.cat([cond["label"] == -1 for _, _, cond in network.heard]).float().mean()
     assert abs(float(dropped) - 0.25) < 0.03
 
 
