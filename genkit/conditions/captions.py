@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from genkit import registry
+from genkit.conditions.encoders import open_encoder
 from genkit.conditions.held_out import held_out, of_class
+from genkit.conditions.refusing import refuse
 from genkit.errors import UsageError
 from genkit.interfaces import Cond
 from genkit.nn.text import bytes_of
-from genkit.optional import require
 from genkit.rng import Rng
 
 _CODE_POINT = re.compile(r"[0-9A-F]{4,6} ")  # in front of the names of emoji
@@ -81,12 +82,7 @@ class Captions:
         images: Sequence[Any] | None = None,
     ) -> Cond:
         """Without texts the captions are the names of the classes, or, where the data know captions, those of held-out samples of the classes."""
-        if images is not None:
-            raise UsageError(
-                "pictures were given, and this generator was trained on captions; say what to draw by --caption"
-            )
-        if database is not None:
-            raise UsageError("a database was given, and this generator was trained on captions; leave it out")
+        refuse("captions", images=(images, "say what to draw by --caption"), database=(database, "leave it out"))
         if texts is None:
             texts = self._chosen(labels, rng)
         if len(texts) != len(labels):
@@ -137,15 +133,7 @@ class Encoder:
     """
 
     def __init__(self, name: str, length: int):
-        transformers = require("transformers")
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            model = transformers.AutoModel.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UsageError(
-                f"condition.encoder={name} is no text encoder that transformers can open: {reason}"
-            ) from None
+        self.tokenizer, model = open_encoder(name, "text", "AutoTokenizer")
         # Models of pairs (CLIP) and of translation (T5) have a part that reads.
         model = getattr(model, "text_model", None) or (
             model.get_encoder() if model.config.is_encoder_decoder else model

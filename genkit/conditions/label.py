@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from genkit.errors import UsageError
+from genkit.conditions.refusing import refuse
 from genkit.interfaces import Cond
 from genkit.rng import Rng
 
@@ -31,21 +31,12 @@ class Label:
         database: Any = None,
         images: Sequence[Any] | None = None,
     ) -> Cond:
-        if images is not None:
-            raise UsageError(
-                "pictures were given, and this generator was trained on classes alone; choose by --labels, or train one with "
-                "condition: {type: pictures}"
-            )
-        if texts is not None:
-            raise UsageError(
-                "captions were given, and this generator was trained on classes alone; choose by --labels, or train one with "
-                "condition: {type: captions}"
-            )
-        if database is not None:
-            raise UsageError(
-                "a database was given, and this generator was trained on classes alone; leave it out, or train one with "
-                "condition: {type: neighbours}"
-            )
+        refuse(
+            "classes alone",
+            images=(images, "choose by --labels, or train one with condition: {type: pictures}"),
+            texts=(texts, "choose by --labels, or train one with condition: {type: captions}"),
+            database=(database, "leave it out, or train one with condition: {type: neighbours}"),
+        )
         return {"label": labels}
 
     def names(self, database: Any = None) -> tuple[str, ...]:

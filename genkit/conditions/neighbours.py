@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genkit import registry
 from genkit.conditions.embeddings import Database, Index, embedding
+from genkit.conditions.refusing import refuse
 from genkit.errors import UsageError
 from genkit.interfaces import Cond
 from genkit.metrics import sources
@@ -142,14 +143,11 @@ class Neighbours:
         images: Sequence[Any] | None = None,
     ) -> Cond:
         """Labels are those of the database."""
-        if images is not None:
-            raise UsageError(
-                "pictures were given, and this generator was trained on neighbours; give them as a database (--database FOLDER)"
-            )
-        if texts is not None:
-            raise UsageError(
-                "captions were given, and this generator was trained on neighbours of images; leave them out"
-            )
+        refuse(
+            "neighbours of images",
+            images=(images, "give them as a database (--database FOLDER)"),
+            texts=(texts, "leave them out"),
+        )
         chosen = self.database if database is None else database
         rows = chosen.draw(rng, labels, self.share, self.k)
         found = chosen.search(chosen.vectors[rows], self.k, rows)

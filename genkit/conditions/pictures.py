@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from genkit import files, registry
+from genkit.conditions.encoders import open_encoder
 from genkit.conditions.held_out import held_out, of_class
+from genkit.conditions.refusing import refuse
 from genkit.errors import GenkitError, UsageError
 from genkit.interfaces import Cond
 from genkit.meshes.lines import outlined
@@ -25,7 +27,6 @@ from genkit.meshes.mesh import Mesh, normalised
 from genkit.meshes.pictures import DISTANCE
 from genkit.meshes.render import Camera, orbit
 from genkit.meshes.shading import portrait
-from genkit.optional import require
 from genkit.rng import Rng
 
 VERSION = 1  # of what is drawn; raise it when any picture changes
@@ -192,9 +193,7 @@ class Pictures:
         images: Sequence[Any] | None = None,
     ) -> Cond:
         """Of the pictures that are given, one for each sample (see `read`); else of held-out shapes of the classes."""
-        if texts is not None or database is not None:
-            given = "captions were" if texts is not None else "a database was"
-            raise UsageError(f"{given} given, and this generator was trained on pictures; give them by --image")
+        refuse("pictures", texts=(texts, "give them by --image"), database=(database, "give them by --image"))
         if images is None:
             return self._cond(self.chosen(labels, rng), labels.device)
         if len(images) != len(labels):
@@ -303,15 +302,7 @@ class Encoder:
     """
 
     def __init__(self, name: str, cells: int):
-        transformers = require("transformers")
-        try:
-            self.processor = transformers.AutoImageProcessor.from_pretrained(name)
-            model = transformers.AutoModel.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UsageError(
-                f"condition.encoder={name} is no image encoder that transformers can open: {reason}"
-            ) from None
+        self.processor, model = open_encoder(name, "image", "AutoImageProcessor")
         model = getattr(model, "vision_model", model)  # models of pairs (CLIP) have a part that looks
         self.model, self.cells = model.eval().requires_grad_(False), cells
         self.dim = int(self.model.config.hidden_size)
