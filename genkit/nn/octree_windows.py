@@ -207,12 +207,8 @@ class Asked:
 
     def laid(self, own: Tensor, full: Tensor | None, older: Tensor | None) -> Tensor:
         """[length, ...] in slots, of those that ask, of the full pass, and of what is kept of finished depths."""
-        plan, row = self.plan, own.new_zeros(self.plan.length, *own.shape[1:])
-        if full is not None:
-            row.index_copy_(0, self.full, full)
-        if older is not None and plan.kept is not None and plan.kept_slot is not None:
-            row.index_copy_(0, plan.kept_slot, older[plan.kept])
-        return row.index_copy_(0, self.own, own)
+        passed = [] if full is None else [(self.full, full)]
+        return _laid(self.plan, older, *passed, (self.own, own))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [n, H, K] of those that ask, k and v [length, H, K] in slots -> [n, H, K]."""
@@ -426,9 +422,9 @@ class OctreeBlock(nn.Module):
     ) -> Tensor:
         plan = places.plan(self.window, self.dilation, self.shift)
         y = octree_attention(
-            _laid(plan, q, None),
-            _laid(plan, k, older[0]),
-            _laid(plan, v, older[1]),
+            _laid(plan, None, (plan.slot, q)),
+            _laid(plan, older[0], (plan.slot, k)),
+            _laid(plan, older[1], (plan.slot, v)),
             plan.samples,
             window=self.window,
             dilation=self.dilation,
@@ -449,9 +445,11 @@ class OctreeBlock(nn.Module):
         return torch.empty_like(x).index_copy(0, order, out[places.samples[order], column])
 
 
-def _laid(plan: Plan, own: Tensor, older: Tensor | None) -> Tensor:
-    """[length, ...] in the slots of a plan: tokens [N, ...], and those that are kept."""
-    row = own.new_zeros(plan.length, *own.shape[1:]).index_copy(0, plan.slot, own)
+def _laid(plan: Plan, older: Tensor | None, *parts: tuple[Tensor, Tensor]) -> Tensor:
+    """[length, ...] in the slots of a plan: tokens [N, ...] at their slots, part after part, and those that are kept."""
+    row = parts[0][1].new_zeros(plan.length, *parts[0][1].shape[1:])
+    for slots, tokens in parts:
+        row = row.index_copy(0, slots, tokens)
     if older is None or plan.kept is None or plan.kept_slot is None:
         return row
     return row.index_copy(0, plan.kept_slot, older[plan.kept])

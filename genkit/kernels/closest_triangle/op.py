@@ -28,10 +28,10 @@ def closest_triangle(
 
     Raises: ValueError for shapes that do not fit, naming the argument; UsageError for a path that cannot run.
     """
-    for name, value, shape in (("points", points, (None, 3)), ("boxes", boxes, (None, 6))):
-        if value.ndim != 2 or value.shape[1] != shape[1] or value.dtype != torch.float32:
+    for name, value, width in (("points", points, 3), ("boxes", boxes, 6)):
+        if value.ndim != 2 or value.shape[1] != width or value.dtype != torch.float32:
             raise ValueError(
-                f"closest_triangle: {name} must be float32 [., {shape[1]}], got {value.dtype} {list(value.shape)}"
+                f"closest_triangle: {name} must be float32 [., {width}], got {value.dtype} {list(value.shape)}"
             )
     if triangles.ndim != 3 or triangles.shape[1:] != (3, 3) or triangles.dtype != torch.float32:
         raise ValueError(
