@@ -1,4 +1,4 @@
-"""Which parts go together: what a sampler draws, a backbone answers and a kind of reuse serves, against what an objective learns."""
+"""Which parts go together: what a sampler draws, a backbone answers, a tokenizer makes and a kind of reuse serves, against what an objective learns."""
 
 from __future__ import annotations
 
@@ -47,6 +47,25 @@ def check_backbone(section: Mapping[str, Any], objective: Mapping[str, Any], pla
         f"objective.type={objective['type']} learns {asked}, and backbone.type={section['type']} is made for {given}; backbones that go with the objective: "
         f"{', '.join(backbones) or 'none'}; objectives that go with the backbone: {', '.join(objectives) or 'none'}{at}"
     )
+
+
+def check_tokenizer(objective: Any, tokenizer: Any, word: str) -> None:
+    """Raises UsageError for a tokenizer that does not make what the objective learns: octrees, ids at all, or ids on the grid of its latents."""
+    asked, made = getattr(objective, "asks", None), type(tokenizer).__name__
+    is_tree = hasattr(tokenizer, "code_depth")
+    if asked is not None and is_tree != (asked == "octrees"):
+        raise UsageError(
+            f"objective.type={word} learns {asked}, and the tokenizer {made} makes {'octrees' if is_tree else 'none'}; take "
+            + ("objective.type=octree_masked" if is_tree else "the tokenizer octree_vq")
+            + ", or another recipe"
+        )
+    if objective.target != "ids" or is_tree:
+        return
+    if not tokenizer.num_levels:
+        raise UsageError(
+            f"objective.type={word} learns ids, and the tokenizer {made} makes continuous latents; take a tokenizer with a codebook (vq, rvq, fsq, ...), or "
+            "an objective of latents: flow, diffusion, edm, mar"
+        )
 
 
 def check_reuse(section: Mapping[str, Any], objective: Mapping[str, Any], place: str = "") -> None:

@@ -20,6 +20,7 @@ from genkit.checkpoint import Counters, Run
 from genkit.data.cache import check_size
 from genkit.ema import Ema
 from genkit.errors import UsageError
+from genkit.fitting import check_tokenizer
 from genkit.interfaces import Cond, Layout
 from genkit.nn.grid_tokenizer import latent_grid
 from genkit.nn.layout import dense_layout, padded_layout
@@ -164,25 +165,6 @@ def set_up(config: configs.Config, source: str | None, out: Path, device: str | 
         record_start(job)
         job.board = tensorboard(run)
     return job
-
-
-def check_tokenizer(objective: Any, tokenizer: Any, word: str) -> None:
-    """Raises UsageError for a tokenizer that does not make what the objective learns: octrees, ids at all, or ids on the grid of its latents."""
-    asked, made = getattr(objective, "asks", None), type(tokenizer).__name__
-    is_tree = hasattr(tokenizer, "code_depth")
-    if asked is not None and is_tree != (asked == "octrees"):
-        raise UsageError(
-            f"objective.type={word} learns {asked}, and the tokenizer {made} makes {'octrees' if is_tree else 'none'}; take "
-            + ("objective.type=octree_masked" if is_tree else "the tokenizer octree_vq")
-            + ", or another recipe"
-        )
-    if objective.target != "ids" or is_tree:
-        return
-    if not tokenizer.num_levels:
-        raise UsageError(
-            f"objective.type={word} learns ids, and the tokenizer {made} makes continuous latents; take a tokenizer with a codebook (vq, rvq, fsq, ...), or "
-            "an objective of latents: flow, diffusion, edm, mar"
-        )
 
 
 def backbone_of(job_config: configs.Config, tokenizer: Any, takes: Mapping[str, int], grid: tuple[int, ...]) -> Any:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from genkit import config, editing, registry
 from genkit.errors import UsageError
-from genkit.job import backbone_of, check_tokenizer
+from genkit.fitting import check_tokenizer
+from genkit.job import backbone_of
 from genkit.nn.grid_tokenizer import image_sides, latent_grid
 from genkit.nn.layout import dense_layout
 from genkit.pipeline import GeneratorPipeline
