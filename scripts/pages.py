@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,39 @@ class Store:
             self.path.write_text(json.dumps(self.values, indent=1) + "\n")
             print(name, self.values[name], flush=True)
         return self.values[name]
+
+
+def run_parts(
+    about: str | None,
+    measured: Mapping[str, Callable[[Path], Any]],
+    train: Callable[[Path], None],
+    page: Callable[[Mapping[str, Any], Path], None],
+    file: str,
+) -> None:
+    """The command line of a script that trains, measures part by part and fills a page, all in a folder of runs.
+
+    Args:
+        about: the script's own words.
+        measured: name -> figures of a folder of runs.
+        page: writes what has been measured, given the folder too.
+        file: in that folder, where figures are kept.
+    """
+    parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
+    parser.add_argument("what", nargs="*", default=["train", "measure", "page"], metavar="train measure page")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--only", choices=list(measured), help="one part of what is measured")
+    args = parser.parse_args()
+    if "train" in args.what:
+        train(args.runs)
+    store = Store(args.runs / file)
+    if "measure" in args.what:
+        for name, measure in measured.items():
+            if args.only in (None, name):
+                started = time.process_time()
+                store.get(name, lambda measure=measure: measure(args.runs))
+                print(f"{name}: {time.process_time() - started:.0f} CPU seconds", flush=True)
+    if "page" in args.what:
+        page(store.values, args.runs)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,14 +8,12 @@ Training and what is measured are kept in the folder of runs: a part that is fin
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import results_shapes_parts as parts  # beside this file
-from pages import RESULTS, Store, fill, table
+from pages import RESULTS, fill, run_parts, table
 
 from genkit import files
 
@@ -32,22 +30,7 @@ MEASURED: dict[str, Callable[[Path], Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", nargs="*", default=["train", "measure", "page"], metavar="train measure page")
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--only", choices=list(MEASURED), help="one part of what is measured")
-    args = parser.parse_args()
-    if "train" in args.what:
-        train(args.runs)
-    store = Store(args.runs / "results-shapes.json")
-    if "measure" in args.what:
-        for name, measure in MEASURED.items():
-            if args.only in (None, name):
-                started = time.process_time()
-                store.get(name, lambda measure=measure: measure(args.runs))
-                print(f"{name}: {time.process_time() - started:.0f} CPU seconds", flush=True)
-    if "page" in args.what:
-        page(store.values, args.runs)
+    run_parts(__doc__, MEASURED, train, page, "results-shapes.json")
 
 
 def train(runs: Path) -> None:

@@ -7,7 +7,6 @@ Training and what is measured are kept in the folder of runs: a part that is fin
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import results_shapes_parts as parts  # beside this file
 import torch
-from pages import RESULTS, Store, fill, table
+from pages import RESULTS, fill, run_parts, table
 from torch import Tensor
 
 from genkit import files
@@ -288,24 +287,16 @@ def of_light(own: Mapping[str, Any]) -> str:
     return f"{own['count']} samples against as many held-out shapes.\n\n{table(head, rows)}\n\n{sizes}"
 
 
+def page(found: Mapping[str, Any], runs: Path) -> None:
+    """Fill in what has been measured; what has not keeps what the page says."""
+    render = {"pictures": of_pictures, "captions": of_captions, "light steps": of_light}
+    fill(PAGE, {name: render[name](own) for name, own in found.items()})
+    if (runs / "shapes-pictures.png").exists():
+        files.write_bytes(RESULTS / "shapes-pictures.png", (runs / "shapes-pictures.png").read_bytes())
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", nargs="*", default=["train", "measure", "page"], metavar="train measure page")
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--only", choices=list(MEASURED), help="one part of what is measured")
-    args = parser.parse_args()
-    if "train" in args.what:
-        train(args.runs)
-    store = Store(args.runs / "results-shapes-conditions.json")
-    if "measure" in args.what:
-        for name, measure in MEASURED.items():
-            if args.only in (None, name):
-                store.get(name, lambda measure=measure: measure(args.runs))
-    if "page" in args.what:
-        render = {"pictures": of_pictures, "captions": of_captions, "light steps": of_light}
-        fill(PAGE, {name: render[name](own) for name, own in store.values.items()})
-        if (args.runs / "shapes-pictures.png").exists():
-            files.write_bytes(RESULTS / "shapes-pictures.png", (args.runs / "shapes-pictures.png").read_bytes())
+    run_parts(__doc__, MEASURED, train, page, "results-shapes-conditions.json")
 
 
 if __name__ == "__main__":
