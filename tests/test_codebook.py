@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from genkit.kernels.nearest_code import chunked, reference
 from genkit.nn.codebook import Codebook, normalise
 from genkit.nn.quantize import Quantizer
 from genkit.nn.usage import usage
+from tests.two_processes import run_two
 
 # Nearest code
 
@@ -231,31 +230,14 @@ def _step(codebook: Codebook, batches: list[Tensor]) -> Codebook:
     return codebook
 
 
-def _worker(rank: int, port: int, batches: list[np.ndarray], out: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    # Unequal shares, and other initial codes per rank: neither may matter.
-    share = [torch.from_numpy(rows[:30] if rank == 0 else rows[30:]) for rows in batches]
-    torch.manual_seed(rank)
+def _learn(rank: int, share: list[torch.Tensor]) -> dict[str, np.ndarray]:
     codebook = _step(Codebook(codebook_size=24, dim=4, decay=0.5, restart=0.4).train(), share)
-    np.save(out / f"{rank}.npy", codebook.embed.numpy())
-    torch.distributed.destroy_process_group()
+    return {"embed": codebook.embed.numpy()}
 
 
 def test_two_processes_learn_the_codebook_of_one(tmp_path: Path) -> None:
     batches = [torch.randn(70, 4, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     alone = _step(Codebook(codebook_size=24, dim=4, decay=0.5, restart=0.4).train(), batches)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    arrays = [rows.numpy() for rows in batches]
-    workers = [context.Process(target=_worker, args=(rank, port, arrays, tmp_path)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    first, second = (torch.from_numpy(np.load(tmp_path / f"{rank}.npy")) for rank in range(2))
+    first, second = (torch.from_numpy(found["embed"]) for found in run_two(_learn, batches, tmp_path))
     assert torch.equal(first, second)
     torch.testing.assert_close(first, alone.embed, atol=1e-5, rtol=1e-5)

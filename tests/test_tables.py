@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from genkit.nn.codebook import Codebook, normalise
 from genkit.nn.quantize import Quantizer
 from genkit.nn.usage import Usage
 from tests.quantising import after_step, randn
+from tests.two_processes import run_two
 
 # Residual tables
 
@@ -263,11 +262,7 @@ def _binary() -> tuple[BinaryQuantizer, Tensor]:
     return BinaryQuantizer(dim=4, codebook_size=16, temperature=1.0).train(), randn(2, 35, 4, seed=9)
 
 
-def _worker(rank: int, port: int, batches: list[np.ndarray], out: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.manual_seed(rank)  # other initial codes per process: they may not matter
-    share = [torch.from_numpy(rows[:30] if rank == 0 else rows[30:]) for rows in batches]
+def _learn(rank: int, share: list[Tensor]) -> dict[str, np.ndarray]:
     found = {}
     for name, quantizer in _quantizers().items():
         _train(quantizer, share)
@@ -277,25 +272,12 @@ def _worker(rank: int, port: int, batches: list[np.ndarray], out: Path) -> None:
     z = rows[rank : rank + 1].clone().requires_grad_()
     loss = binary(z).losses["entropy"].mean()
     loss.backward()
-    found["entropy"], found["entropy gradient"] = loss.detach().numpy(), z.grad.numpy()
-    np.savez(out / f"{rank}.npz", **found)
-    torch.distributed.destroy_process_group()
+    return found | {"entropy": loss.detach().numpy(), "entropy gradient": z.grad.numpy()}
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     batches = [randn(70, 4, seed=i) for i in range(5)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    arrays = [rows.numpy() for rows in batches]
-    workers = [context.Process(target=_worker, args=(rank, port, arrays, tmp_path)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    first, second = (np.load(tmp_path / f"{rank}.npz") for rank in range(2))
+    first, second = run_two(_learn, batches, tmp_path)
     for name, quantizer in _quantizers().items():
         alone = _train(quantizer, batches)
         for key, value in ((name, alone.codebook.embed), (f"{name} use", alone.codebook.recent)):
