@@ -1,10 +1,12 @@
 """Training that starts from other weights: equal to them at first, resumable, and refused where they do not fit."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 
+from genkit.checkpoint import point
 from genkit.errors import UsageError
 from genkit.pipeline import open_run
 from genkit.starting import start_from
@@ -40,13 +42,21 @@ def test_a_step_of_no_length_leaves_the_weights_it_started_from(part, runs, tmp_
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-6, msg=key)
 
 
-def test_what_is_continued_does_not_start_again(runs, tmp_path):
-    options = {"train.init": str(runs / "generator"), "train.num_samples": 64}
+def test_what_is_continued_does_not_start_again(runs, tmp_path, monkeypatch):
+    options = {"train.init": str(runs / "generator"), "train.num_samples": 128}
     straight = train(recipe(runs, "generator"), options, name="straight", out=tmp_path)
-    again = train(recipe(runs, "generator"), options, name="straight", out=tmp_path)
-    assert again.last == straight.last
-    fresh = train(recipe(runs, "generator"), {"train.num_samples": 64}, name="fresh", out=tmp_path)
+    fresh = train(recipe(runs, "generator"), {"train.num_samples": 128}, name="fresh", out=tmp_path)
     assert straight.metrics["loss"] < fresh.metrics["loss"]
+    before = state(straight.path, "backbone")
+    shutil.rmtree(straight.last)
+    point(straight.path / "checkpoints" / "last", "0000004")
+
+    def start_again(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("genkit.job.start_from", start_again)
+    again = state(train(recipe(runs, "generator"), options, name="straight", out=tmp_path).path, "backbone")
+    assert all(torch.equal(value, before[name]) for name, value in again.items())
 
 
 def test_new_parameters_stay_as_they_were_made(runs):
