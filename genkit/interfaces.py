@@ -182,7 +182,7 @@ class Condition(Protocol):
     """What a generator is told of a sample besides what it draws: read from a batch while training, from a request while sampling.
 
     `takes` are the options of a backbone that follow from it: num_classes, context_dim, text_length, picture_size, picture_cells. `prepare(count)`, where there is
-    one, comes before training on so many samples.
+    one, comes before training on so many samples; `chosen(labels, rng)` and `read(picture)` are of one that is told pictures, for sheets that show them.
     """
 
     takes: Mapping[str, int]
