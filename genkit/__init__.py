@@ -12,7 +12,7 @@ _LAZY = {
     "AutoTokenizer": "genkit.pipeline",
     "GeneratorPipeline": "genkit.pipeline",
     "TokenizerPipeline": "genkit.pipeline",
-    "evaluate": "genkit.evaluation",
+    "evaluate": "genkit.evaluation.evaluate",
     "sample": "genkit.sampling",
     "train": "genkit.training",
     # diffusers looks these up here to decide how a component of a saved pipeline is loaded.
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from genkit.evaluation import evaluate
+    from genkit.evaluation.evaluate import evaluate
     from genkit.pipeline import AutoPipeline, AutoTokenizer, GeneratorPipeline, TokenizerPipeline
     from genkit.sampling import sample
     from genkit.training import train

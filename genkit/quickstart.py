@@ -33,7 +33,7 @@ def quickstart(
     Returns: figures by name, seconds per phase, paths of the pictures.
     """
     from genkit.caching import cache
-    from genkit.evaluation import evaluate
+    from genkit.evaluation.evaluate import evaluate
     from genkit.sampling import sample
     from genkit.training import train
 

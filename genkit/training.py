@@ -24,8 +24,8 @@ from genkit.checkpoint import Run
 from genkit.console import Progress
 from genkit.data.loader import batches
 from genkit.errors import GenkitError
+from genkit.evaluation.judging import is_due, judge
 from genkit.job import Job, set_up
-from genkit.judging import is_due, judge
 from genkit.nn.packed import multiplied
 from genkit.optim import learning_rate
 from genkit.rng import Rng

@@ -15,6 +15,7 @@ from genkit.backbones.octgpt import OctGPT
 from genkit.data.meshes import Meshes
 from genkit.data.shapes import Shapes
 from genkit.ema import Ema
+from genkit.evaluation.shape_figures import SIZE
 from genkit.images import write_png
 from genkit.meshes import storage
 from genkit.meshes.marching_cubes import marching_cubes
@@ -35,7 +36,6 @@ from genkit.registry import build as make
 from genkit.rng import Rng, sample_seeds
 from genkit.samplers.heun import Heun
 from genkit.samplers.octree_masked import OctreeMasked as Sampler
-from genkit.shape_figures import SIZE
 from genkit.tokenizers.octree_vq import BOX, LEVEL
 
 TOKENIZER, GENERATOR = "octree-shapes", "octgpt-shapes"

@@ -31,12 +31,12 @@ from torch import Tensor
 import genkit
 from genkit import coding, registry
 from genkit.codec import lost
+from genkit.evaluation.report import Report
 from genkit.images import grid, to_pil, write_png
 from genkit.metrics.reconstruction import psnr
 from genkit.nn.grain import entropy_threshold
 from genkit.objectives.reconstruction import perceptual_distance
 from genkit.pipeline import open_run
-from genkit.report import Report
 from genkit.rng import Rng
 
 ROOT = Path(__file__).parent.parent

@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 import genkit
-from genkit import comparing
 from genkit.conditions.embeddings import Database
 from genkit.conditions.label import Label
 from genkit.data.fashion import CLASS_NAMES, Fashion
 from genkit.errors import GenkitError, UsageError
+from genkit.evaluation import comparing
 from genkit.images import grid
 from genkit.metrics import features, sources
 from genkit.nn.layout import dense_layout

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from genkit.errors import GenkitError
-from genkit.evaluation import evaluate
+from genkit.evaluation.evaluate import evaluate
 from genkit.metrics.features import locate
 
 FOLDER = Path(os.environ.get("GENKIT_ADM", "~/.cache/genkit/adm")).expanduser()

@@ -230,7 +230,7 @@ def test_eval_passes_its_options(stub, run_directory, capsys):
         calls.append((target, kwargs))
         return Report()
 
-    stub("genkit.evaluation", evaluate=evaluate)
+    stub("genkit.evaluation.evaluate", evaluate=evaluate)
     assert cli.main("eval out --ref ref.npz --metrics fd,kid -n 9 --weights w -o r.json".split()) == 0
     target, settings = calls[0]
     assert target == "out"

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from genkit.cli import main
-from genkit.comparing import compare, render, verify
 from genkit.errors import GenkitError, UsageError
-from genkit.report import Report
+from genkit.evaluation.comparing import compare, render, verify
+from genkit.evaluation.report import Report
 from genkit.training import train
 from tests.tiny import GENERATOR, TOKENIZER
 

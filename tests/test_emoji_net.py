@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from genkit.errors import UsageError
+from genkit.evaluation.subjects import suitable_net
 from genkit.metrics import emoji_net, features
 from genkit.metrics.frechet import Frechet
-from genkit.subjects import suitable_net
 
 
 def test_net_is_the_file_it_was_published_as():

@@ -15,11 +15,11 @@ from PIL import Image
 from genkit import config
 from genkit.data.fashion import CLASS_NAMES, Fashion
 from genkit.errors import GenkitError, UsageError
-from genkit.evaluation import evaluate
+from genkit.evaluation.evaluate import evaluate
+from genkit.evaluation.subjects import Sampling
 from genkit.images import to_uint8
 from genkit.interfaces import Encoded
 from genkit.metrics.frechet import Frechet
-from genkit.subjects import Sampling
 
 DATA = {"type": "fashion", "source": "embedded", "split": "train", "size": None}
 VAL = Fashion(source="embedded", split="val")

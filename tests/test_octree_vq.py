@@ -14,6 +14,7 @@ from genkit.backbones.octgpt import OctGPT
 from genkit.data.packed import PackedShapes, find_or_build
 from genkit.data.shapes import Shapes
 from genkit.errors import GenkitError, UsageError
+from genkit.evaluation.report import Report
 from genkit.importers import octgpt, octgpt_vqvae
 from genkit.importers.names import source_of
 from genkit.importing import generator_of, import_weights
@@ -28,7 +29,6 @@ from genkit.octree.partition import around, blend, blend_with_gradient
 from genkit.octree.tokens import samples_of
 from genkit.pipeline import open_run
 from genkit.recipes import resolve
-from genkit.report import Report
 from genkit.rng import Rng
 from genkit.sampling import sample
 from genkit.tokenizers.octree_vq import OctreeVQ
@@ -432,7 +432,7 @@ def test_the_whole_line_of_shapes(tmp_path, monkeypatch):
         measured.append((run.name, how["count"]))
         return Report([{"metric": "IoU", "value": 0.5, "better": "higher", "comparable": "", "protocol": run.name}])
 
-    monkeypatch.setattr("genkit.evaluation.evaluate", measure)
+    monkeypatch.setattr("genkit.evaluation.evaluate.evaluate", measure)
     monkeypatch.setattr(pictures, "picture", lambda mesh, size: torch.zeros(3, size, size))  # shading takes long
     monkeypatch.setattr(OctreeVQ.meshes, "__defaults__", (16, 0.002))
     found = quickstart.quickstart(what="shapes", out=tmp_path / "runs")

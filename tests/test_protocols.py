@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from genkit import against, evaluation, partial
 from genkit.errors import GenkitError, UsageError
-from genkit.evaluation import evaluate
+from genkit.evaluation import against, partial
+from genkit.evaluation import evaluate as evaluating
+from genkit.evaluation.evaluate import evaluate
 from genkit.metrics import frechet, known, protocols, sources
 from genkit.metrics.features import FeatureNet
 from tests.test_evaluation import IMAGES, Generator, images_of, npz, pictures
@@ -235,7 +236,7 @@ def test_remembering_is_off_where_the_folder_cannot_be_written(tmp_path, monkeyp
 
 
 def test_few_reference_images_bring_a_kid_too(tmp_path, inception, monkeypatch):
-    for module in (evaluation, frechet):
+    for module in (evaluating, frechet):
         monkeypatch.setattr(module, "FID_COUNT", 40)
     metrics = [{"type": "frechet", "features": "inception-2015"}]
     folder, few = pictures(tmp_path / "fake", 50), pictures(tmp_path / "real", 30)

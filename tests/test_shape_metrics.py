@@ -8,18 +8,18 @@ import math
 import pytest
 import torch
 
-from genkit import shape_figures, shape_subjects
 from genkit.cli import main
 from genkit.data.shape_classes.classes import CLASSES
 from genkit.data.shapes import Shapes
 from genkit.errors import GenkitError, UsageError
+from genkit.evaluation import shape_figures, shape_subjects
+from genkit.evaluation.shape_subjects import is_of_shapes
+from genkit.evaluation.shapes import evaluate
 from genkit.meshes import storage
 from genkit.meshes.mesh import Mesh
 from genkit.metrics import shape_nets
 from genkit.metrics.shape_agreement import iou, surface_agreement
 from genkit.rng import Rng
-from genkit.shape_evaluation import evaluate
-from genkit.shape_subjects import is_of_shapes
 
 DATA = Shapes(num_shapes=240, seed=5, num_points=256, num_distances=0)
 

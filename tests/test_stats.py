@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from genkit import stats as making
 from genkit.data.fashion import Fashion
 from genkit.errors import UsageError
-from genkit.evaluation import evaluate
+from genkit.evaluation import stats as making
+from genkit.evaluation.evaluate import evaluate
+from genkit.evaluation.stats import stats
 from genkit.metrics import features, references, sources
 from genkit.metrics.frechet import Frechet
-from genkit.stats import stats
 from genkit.weights import file_sha256
 from tests.reference_files import PIXELS
 
@@ -145,7 +145,7 @@ import sys, json
 sys.path.insert(0, {root!r})
 import torch
 torch.distributed.init_process_group("gloo", init_method="file://{store}", rank=int(sys.argv[1]), world_size=2)
-from genkit.stats import stats
+from genkit.evaluation.stats import stats
 found = stats({images!r}, {out!r}, batch_size=4)
 open({out!r} + "." + sys.argv[1], "w").write(json.dumps(found))
 torch.distributed.destroy_process_group()

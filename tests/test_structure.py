@@ -27,7 +27,7 @@ RANK = {folder: rank for rank, folders in enumerate(LAYERS) for folder in folder
 # What stands above all parts. (`genkit.pipeline` and `genkit.registry` are reached through words, not through imports.)
 TOP = {
     "cli", "verbs", "training", "sampling", "evaluation", "quickstart", "caching", "coding", "launch", "show", "bench",
-    "importing", "foreign", "exporting", "comparing", "judging", "subjects", "against", "findings", "stats", "job", "snapshots",
+    "importing", "foreign", "exporting", "job", "snapshots", "shapes", "editing", "starting", "fitting",
 }  # fmt: skip
 
 

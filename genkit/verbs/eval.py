@@ -64,7 +64,7 @@ ARGUMENTS = (
 
 
 def run(args: argparse.Namespace) -> Answer:
-    from genkit import comparing
+    from genkit.evaluation import comparing
 
     if args.compare and args.verify:
         raise UsageError("--compare and --verify are two things; choose one")
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> Answer:
                 args.targets[0], tolerance=args.tolerance, device=args.device, batch_size=args.batch_size
             )
         return Answer(found, comparing.render_verification(found), 0 if found["same"] else 1)
-    from genkit.evaluation import evaluate
+    from genkit.evaluation.evaluate import evaluate
 
     with joined(args.device):
         report = evaluate(

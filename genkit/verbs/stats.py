@@ -33,8 +33,8 @@ ARGUMENTS = (
 def run(args: argparse.Namespace) -> Answer:
     if args.launch is not None:
         raise SystemExit(launched(args))
+    from genkit.evaluation.stats import stats
     from genkit.launch import joined
-    from genkit.stats import stats
 
     with joined(args.device):
         found = stats(

@@ -7,8 +7,8 @@ import torch
 from genkit.checkpoint import Run, point
 from genkit.console import Progress
 from genkit.errors import UsageError
+from genkit.evaluation.report import Report
 from genkit.job import Job
-from genkit.report import Report
 from genkit.snapshots import averaged, pipeline_of
 
 
@@ -23,7 +23,7 @@ def judge(job: Job, progress: Progress) -> None:
 
     Training goes on as if nothing had happened: random state and modes are as before. Every process must call this.
     """
-    from genkit.evaluation import evaluate
+    from genkit.evaluation.evaluate import evaluate
 
     step = f"{job.counters.step:07d}"
     out = job.run.path / "eval" / f"{step}.json"

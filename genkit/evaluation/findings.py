@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from genkit import images
-from genkit.against import Opened
+from genkit.evaluation.against import Opened
+from genkit.evaluation.report import Report
+from genkit.evaluation.subjects import Subject
 from genkit.metrics import sources
 from genkit.metrics.protocols import Protocol
-from genkit.report import Report
-from genkit.subjects import Subject
 
 _PAIRS_SHOWN = 16  # most suspicious samples in the picture of nearest training images
 

@@ -16,15 +16,9 @@ import torch
 from genkit import registry
 from genkit.console import Progress
 from genkit.errors import GenkitError, UsageError
-from genkit.meshes.hierarchy import Winding
-from genkit.meshes.mesh import inspect, normalised
-from genkit.meshes.sampling import sample_surface
-from genkit.metrics import shape_nets
-from genkit.metrics.shape_agreement import iou, surface_agreement
-from genkit.report import Report
-from genkit.rng import Rng
-from genkit.shape_figures import CHAMFER_POINTS, EMD_POINTS, SIZE, Rows, compare, read, validity
-from genkit.shape_subjects import (
+from genkit.evaluation.report import Report
+from genkit.evaluation.shape_figures import CHAMFER_POINTS, EMD_POINTS, SIZE, Rows, compare, read, validity
+from genkit.evaluation.shape_subjects import (
     beside,
     default_reference,
     from_path,
@@ -34,7 +28,13 @@ from genkit.shape_subjects import (
     opened,
     reference_of,
 )
-from genkit.subjects import Sampling
+from genkit.evaluation.subjects import Sampling
+from genkit.meshes.hierarchy import Winding
+from genkit.meshes.mesh import inspect, normalised
+from genkit.meshes.sampling import sample_surface
+from genkit.metrics import shape_nets
+from genkit.metrics.shape_agreement import iou, surface_agreement
+from genkit.rng import Rng
 
 SURFACE_POINTS = 16_384  # for reconstructions: closer together than the tolerance of the F-score
 DEFAULT_COUNT = 120

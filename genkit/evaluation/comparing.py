@@ -8,8 +8,8 @@ from typing import Any
 
 from genkit import console
 from genkit.errors import GenkitError, UsageError
+from genkit.evaluation.report import Report
 from genkit.optional import is_installed, require
-from genkit.report import Report
 
 # What a curve may run along: a key of a report's settings and how the axis is called.
 _AXES = {"samples": "samples trained on", "num_steps": "sampler steps", "guidance": "guidance"}
@@ -103,7 +103,7 @@ def verify(
 
     Raises: GenkitError for a file that is no report, or one about an object in memory; what `evaluate` raises.
     """
-    from genkit.evaluation import evaluate
+    from genkit.evaluation.evaluate import evaluate
 
     old = Report.load(path)
     settings = old.settings

@@ -9,12 +9,12 @@ import torch
 
 from genkit.console import Progress
 from genkit.errors import UsageError
+from genkit.evaluation.subjects import suitable_net
 from genkit.metrics import features as nets
 from genkit.metrics import references, sources
 from genkit.metrics.rows import FeatureRows
 from genkit.metrics.statistics import FeatureSums
 from genkit.processes import own_device, rank_and_world, sum_over_processes
-from genkit.subjects import suitable_net
 from genkit.weights import file_sha256
 
 

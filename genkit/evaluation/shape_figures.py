@@ -15,13 +15,13 @@ from torch import Tensor
 from genkit import images
 from genkit.console import Progress
 from genkit.errors import GenkitError, UsageError
+from genkit.evaluation.report import Report
+from genkit.evaluation.shape_subjects import ShapeSet
 from genkit.meshes.mesh import Findings, Mesh, normalised
 from genkit.meshes.pictures import contact_sheet
 from genkit.meshes.shading import VIEWS, shaded, view
 from genkit.metrics import point_sets, shape_nets
 from genkit.metrics.statistics import FeatureSums, frechet_distance
-from genkit.report import Report
-from genkit.shape_subjects import ShapeSet
 
 SIZE = 1.6  # longest side of what is measured
 CHAMFER_POINTS, EMD_POINTS, EMD_SHAPES = 512, 128, 40

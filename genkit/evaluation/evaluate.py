@@ -1,6 +1,6 @@
 """From a trained run, or from images, to numbers that say how they were made.
 
-A line for each step: what is evaluated (genkit.subjects), with what it is compared, batches through every metric, sums over processes, report.
+A line for each step: what is evaluated (genkit.evaluation.subjects), with what it is compared, batches through every metric, sums over processes, report.
 Samples are streamed from the sampler and never saved. Sample i has the label and the seed that belong to i, whatever the batch size and the
 number of processes.
 """
@@ -21,19 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit import registry, shape_evaluation, shape_subjects
-from genkit.against import Opened, feed_references, open_reference, share
+from genkit import registry
 from genkit.console import Progress
 from genkit.errors import UsageError
-from genkit.findings import notes_of_shapes, pictures, report_of
+from genkit.evaluation import shape_subjects, shapes
+from genkit.evaluation.against import Opened, feed_references, open_reference, share
+from genkit.evaluation.findings import notes_of_shapes, pictures, report_of
+from genkit.evaluation.partial import Partial
+from genkit.evaluation.report import Report
+from genkit.evaluation.subjects import Sampling, Subject, open_subject, suitable_net
 from genkit.metrics import protocols
 from genkit.metrics.features import ImageBatch
 from genkit.metrics.frechet import FID_COUNT
 from genkit.metrics.protocols import Labels, Protocol
-from genkit.partial import Partial
 from genkit.processes import own_device, rank_and_world, sum_over_processes
-from genkit.report import Report
-from genkit.subjects import Sampling, Subject, open_subject, suitable_net
 
 DEFAULT_COUNT = 5000  # samples of a generator where no metric says how many
 
@@ -58,7 +59,7 @@ def evaluate(
     device: str | torch.device | None = None,
     out: str | Path | None = None,
 ) -> Report:
-    """Measure a run, a pipeline, a folder, zip or npz of images, or a folder of meshes (see genkit.shape_evaluation).
+    """Measure a run, a pipeline, a folder, zip or npz of images, or a folder of meshes (see genkit.evaluation.shapes).
 
     A generator is sampled with its classes in turn and compared with its training data; a tokenizer reconstructs its validation split; images are
     compared with `reference`. Under torch.distributed every process takes its share of the samples, the sums are added up, and all
@@ -102,7 +103,7 @@ def evaluate(
         ):
             if given:
                 raise UsageError(f"{name}={given} is for images; shapes are measured in one way, see docs/metrics.md")
-        return shape_evaluation.evaluate(
+        return shapes.evaluate(
             target,
             reference=reference,
             count=count,
