@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
+from genkit.backbones.mage import MAGE
+from genkit.backbones.uvit import UViT
 from genkit.errors import GenkitError, UsageError
 from genkit.importers.mage import CLASS_ROWS, NO_CLASS, convert
 from genkit.nn.layout import dense_layout
@@ -154,3 +156,15 @@ def test_what_cannot_be_dropped_is_refused():
     target = Rng.at(1, 0, 2).integers(K, 1, SIDE, SIDE)
     with pytest.raises(UsageError, match="needs a backbone with an encoder, such as mage"):
         Objective(min_masked=0.5, dropped=0.5)(plain, target, {}, LAYOUT, Rng.at(0, 0, 2))
+
+
+@pytest.mark.parametrize("maker", [MAGE, UViT])
+def test_the_head_teaches_the_vectors_it_is_tied_to_unless_detached(maker):
+    sizes: dict[str, Any] = {"codebook_size": K, "num_levels": 1, "num_classes": 2, "grid": (SIDE, SIDE), "dim": DIM}
+    ids = torch.full((2, 1, SIDE, SIDE), K)  # all masked: nothing but the head looks at the vectors of ids
+    for head, is_taught in (("tied_detached", False), ("tied", True)):
+        model = maker(**sizes, num_heads=2, depth=2, dropout=0.0, head=head)
+        model(ids, None, {"label": torch.tensor([0, 1])}, LAYOUT).square().sum().backward()
+        gradient = model.sequence.embed.table.weight.grad
+        assert bool(gradient[:K].any()) == is_taught
+        assert gradient[K].any()

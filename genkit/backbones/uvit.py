@@ -25,7 +25,7 @@ class UViT(ModelMixin, ConfigMixin):
         num_classes: classes that cond["label"] counts; 0 = unconditional.
         grid: tokens per axis; no other fits.
         dim, depth, num_heads: depth is even; one block stands between the halves, or alone at depth 0. Of AutoNAT-L 768, 24 and 8.
-        head: "tied_detached" as AutoNAT, "linear" as UViTBert.
+        head: "tied_detached" as AutoNAT, "linear" as UViTBert. "tied" teaches the vectors of the ids, too: narrow networks learn several times faster with it.
         embed_norm: "own" as AutoNAT, "none" as UViTBert; see IdSequence.
         has_skips: AutoNAT and UViTBert have them; without, a plain pre-norm transformer.
         dropout: of the embeddings and on both residual branches.
