@@ -201,6 +201,59 @@ def test_switched_off_it_is_plain_sampling_to_the_bit(name):
     assert not torch.equal(on, plain)
 
 
+def shallow(num_levels: int) -> MaskedBackbone:
+    """One layer: what tokens offer to others does not depend on these, so that nothing that is kept ages."""
+    torch.manual_seed(0)
+    model = MaskedBackbone(**{**IDS, "depth": 1}, num_levels=num_levels, mixer={"type": "attention", "num_heads": 2})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("confidence", ["log_prob", "logit"])
+@pytest.mark.parametrize("num_levels", [1, 2])
+@torch.no_grad()
+def test_light_steps_that_choose_among_all_that_is_open_are_full_ones_where_nothing_ages(num_levels, confidence):
+    predict = guide(Objective(), shallow(num_levels), {"label": LABELS}, LAYOUT, Guidance(2.0, "linear"))
+    ids, _ = partly_known(5, num_levels)
+    open_at = torch.arange(N).view(GRID) < torch.tensor([3, 16, 9, 16, 12]).view(5, 1, 1, 1)
+    start = torch.where(open_at, -1, ids)
+    how: dict[str, Any] = {"num_steps": 8, "confidence": confidence, "softmax_end": 0.6}
+
+    def draw(reuse: Any) -> Tensor:
+        return Sampler(**how, reuse=reuse)(predict, start, Rng.at(0, 0, 5))
+
+    plain = draw(None)
+    for full_steps in (0, 1):
+        anew = Recap(full_steps=full_steps, light=3, choice="anew", spare=100)
+        assert torch.equal(draw(anew), plain)
+        assert not torch.equal(draw(Recap(full_steps=full_steps, light=3)), plain), (
+            "the order of the full step is another"
+        )
+        assert not torch.equal(draw(Recap(full_steps=full_steps, light=3, choice="anew", spare=0)), plain)
+
+
+@pytest.mark.parametrize("spare", [0.0, 0.5, 2.0])
+@torch.no_grad()
+def test_spare_tokens_leave_the_counts_and_every_sample_as_they_are(spare):
+    ids, _ = partly_known(3)
+    open_at = torch.arange(N).view(GRID) < torch.tensor([3, 16, 9]).view(3, 1, 1, 1)
+    start = torch.where(open_at, -1, ids)
+    states: list[Tensor] = []
+    sampler = Sampler(num_steps=7, reuse=Recap(full_steps=1, light=2, choice="anew", spare=spare))
+    out = sampler(
+        predictor("uvit", 2.0, labels=LABELS[:3]), start, Rng.at(0, 0, 3), lambda i, n, ids: states.append(ids)
+    )
+    assert torch.equal(out[~open_at], ids[~open_at])
+    left = torch.stack([(ids < 0).flatten(1).sum(1) for ids in states])
+    assert torch.equal(left, sampler.counts(torch.tensor([3, 16, 9])))
+    for a, b in itertools.pairwise(states):
+        assert torch.equal(a[a >= 0], b[a >= 0])
+    for i in range(3):
+        alone = sampler(predictor("uvit", 2.0, labels=LABELS[i : i + 1]), start[i : i + 1], Rng.at(0, i, 1))
+        assert torch.equal(out[i : i + 1], alone)
+
+
 @torch.no_grad()
 def test_switched_off_mar_is_plain_too():
     torch.manual_seed(0)
@@ -265,11 +318,19 @@ def test_tokens_must_meet_by_attention_alone():
         ({"full_steps": -1}, "sampler.reuse.full_steps=-1"),
         ({"light": -1}, "sampler.reuse.light=-1"),
         ({"head_steps": 0}, "sampler.reuse.head_steps=0"),
+        ({"choice": "anew", "spare": -0.5}, "sampler.reuse.spare=-0.5"),
+        ({"spare": 0.5}, "spare=0.5 leaves a choice to light steps"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         Recap(**options)
+
+
+@pytest.mark.parametrize("sampler", [MARSampler, OctreeSampler])
+def test_samplers_of_random_order_refuse_a_choice(sampler):
+    with pytest.raises(UsageError, match=r"sampler\.reuse\.choice=anew is for sampler\.type=masked"):
+        sampler(reuse=Recap(choice="anew"))
 
 
 # Octrees

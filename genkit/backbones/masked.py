@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from genkit.errors import UsageError
 from genkit.interfaces import ATTEND, Cache, Cond, Layout
-from genkit.nn.context import check_keeps_context, context_of
+from genkit.nn.context import TABLE, check_keeps_context, context_of
 from genkit.nn.cross_attention import CrossAttention
 from genkit.nn.dropout import Dropout
 from genkit.nn.embed import IdEmbedding, LabelEmbedding, PositionEmbedding, SincosPositions
@@ -64,7 +64,12 @@ class Block(nn.Module):
         mixing: -> [P, D].
         """
         B, N, D = h.shape
-        mixing, widening = self.modulation(c).view(B, 2, 3, D).unbind(1)  # [B, 3, D] each
+        vectors = (
+            self.modulation(c)
+            if cache is None or TABLE not in cache
+            else cache[TABLE](self, lambda: self.modulation(c))
+        )
+        mixing, widening = vectors.view(B, 2, 3, D).unbind(1)  # [B, 3, D] each
         shift, scale, gate = mixing.unsqueeze(2).unbind(1)  # [B, 1, D] each
         h = torch.addcmul(h, gate, self.dropout(self.mixer(modulate(h, shift, scale), layout, cache)))
         if self.cross is not None and self.cross_norm is not None and context is not None:
@@ -167,7 +172,7 @@ class Masked(ModelMixin, ConfigMixin):
             places = context.per_token("positions", lambda: self.position(layout), B)
             h = self.embed(x) + places
             context.enter(0, context.table("num_tokens", lambda: h.shape[1]), B)
-            cache = {ATTEND: context.attend}
+            cache = {ATTEND: context.attend, TABLE: context.table}  # light passes are told the same
         c = nn.functional.silu(self.label(cond, B))  # [B, D]
         told = self.told(cond)
         for i, block in enumerate(self.blocks):

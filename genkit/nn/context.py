@@ -19,6 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from genkit.errors import UsageError
 from genkit.interfaces import ATTEND, Cache, Layout
+from genkit.nn.attend import attend
+
+TABLE = "table"  # in a cache that a backbone hands to its blocks: Context.table
 
 
 class Context:
@@ -40,7 +43,7 @@ class Context:
         self.chosen: Tensor | None = None
         self.used: Tensor | None = None
         self._kept: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._tables: dict[str, Any] = {}
+        self._tables: dict[Any, Any] = {}
         self._rows: Tensor | None = None
         self._valid: Tensor | None = None
         self._size = self._calls = 0
@@ -77,7 +80,7 @@ class Context:
             return layout
         return Layout(coords=rows_of(layout.coords.expand(batch_size, -1, -1), self.of(batch_size)), grid=None)
 
-    def table(self, name: str, make: Callable[[], Any]) -> Any:
+    def table(self, name: Any, make: Callable[[], Any]) -> Any:
         """What make() gave in the last full pass; asked again at every full pass."""
         if self.chosen is None:
             self._tables[name] = make()
@@ -131,6 +134,8 @@ class Context:
         """What attention of the mixers asks in place of itself (genkit/nn/attend.py): layers count in the order of their calls."""
         k, v, valid = self.update(("call", self._calls), k, v)
         self._calls += 1
+        if valid is None and not self.is_light:
+            return attend(q, k, v, grid=grid, valid=None, cache=None)
         mask = None if valid is None else valid[:, None, None, :]
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

@@ -7,6 +7,8 @@ between groups, as each begins with a full step.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from genkit.errors import UsageError
 from genkit.interfaces import Cache
 from genkit.nn.context import Context
@@ -23,16 +25,42 @@ class Recap:
         keeps_condition: class tokens are not computed in light steps either.
         head_steps: of MAR: steps in which light steps draw a token; null = as full ones. The released code halves them, which makes up part of the speed it
             reports.
+        choice: of masked ids, what light steps fill: "once", in the order that the full step was sure of them, as published; "anew", those of the group
+            that they are surest of themselves, as full steps do. What is drawn first and unlikely is then not kept.
+        spare: of "anew", as a part of what a group fills, how many more tokens it computes, so that its last steps have a choice, too.
     """
 
     def __init__(
-        self, *, full_steps: int = 0, light: int = 1, keeps_condition: bool = False, head_steps: int | None = None
+        self,
+        *,
+        full_steps: int = 0,
+        light: int = 1,
+        keeps_condition: bool = False,
+        head_steps: int | None = None,
+        choice: Literal["once", "anew"] = "once",
+        spare: float = 0.0,
     ):
-        for name, value, least in (("full_steps", full_steps, 0), ("light", light, 0), ("head_steps", head_steps, 1)):
+        for name, value, least in (
+            ("full_steps", full_steps, 0),
+            ("light", light, 0),
+            ("head_steps", head_steps, 1),
+            ("spare", spare, 0),
+        ):
             if value is not None and value < least:
                 raise UsageError(f"sampler.reuse.{name}={value} must be at least {least}")
+        if spare and choice == "once":
+            raise UsageError(
+                f"sampler.reuse.spare={spare} leaves a choice to light steps; set sampler.reuse.choice=anew, or spare=0"
+            )
         self.full_steps, self.light, self.keeps_condition = full_steps, light, keeps_condition
-        self.head_steps = head_steps
+        self.head_steps, self.choice, self.spare = head_steps, choice, spare
+
+    def check_needs_no_choice(self, sampler: str) -> None:
+        """Raises UsageError where light steps are to choose what they fill, for a sampler whose order is random."""
+        if self.choice != "once":
+            raise UsageError(
+                f"sampler.reuse.choice={self.choice} is for sampler.type=masked, which fills what it is sure of; {sampler} has a random order: leave it out"
+            )
 
     def groups(self, num_steps: int) -> list[int]:
         """Steps of each group; their sum is num_steps."""

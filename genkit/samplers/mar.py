@@ -48,6 +48,8 @@ class MAR:
         if temperature < 0:
             raise UsageError(f"sampler.temperature={temperature} must not be negative")
         check_schedule(schedule, "sampler.schedule")
+        if reuse is not None:
+            reuse.check_needs_no_choice("mar")
         self.num_steps, self.schedule, self.reuse = num_steps, schedule, reuse
         self.head, self.head_steps, self.temperature = head, head_steps, temperature
 

@@ -23,7 +23,8 @@ class Masked:
     lose their variety. A sample with fewer unknown positions than steps is complete early.
 
     With reuse the steps come in groups (genkit/reuse/recap.py). The first step of a group decides which positions the whole group fills, those it is most
-    confident of, and fills the surest; the others follow in that order, each light step drawing them anew with what the group has filled so far.
+    confident of, and fills the surest; the others follow in that order, each light step drawing them anew with what the group has filled so far. Or light
+    steps fill what they are most confident of, among the positions of the group.
 
     Args:
         num_steps: calls of the model, >= 1 and at most the number of positions.
@@ -79,6 +80,7 @@ class Masked:
         unknown = ~given.flatten(2).all(1)  # [B, N]: a position is open while any of its levels is
         remaining = self.counts(unknown.sum(1))  # [num_steps, B]
         known, step = given, 0
+        chooses_anew = self.reuse is not None and self.reuse.choice == "anew"
         for size in [1] * self.num_steps if self.reuse is None else self.reuse.groups(self.num_steps):
             cache: Cache = {} if size == 1 else self.reuse.cache()
             cache["steps"] = step, self.num_steps
@@ -90,14 +92,12 @@ class Masked:
             if step + 1 == self.num_steps:
                 ids, known = drawn, torch.ones_like(known)
             else:
-                sure = logits.gather(-1, drawn.clamp_min(0).unsqueeze(-1)).squeeze(-1)  # [B, Q, *grid]
-                if self.confidence == "log_prob":
-                    sure = sure - logits.logsumexp(-1)
                 # Of a group, as at its end: what is chosen with more noise is not chosen anew (ReCAP counts groups alike).
-                strength = self.temperature * (1 - (step + size) / self.num_steps)
-                gumbel = noise.gumbel(N).to(sure.device)
-                confidence = (sure.flatten(2).mean(1) + strength * gumbel).masked_fill(~unknown, math.inf)  # [B, N]
-                order = confidence.argsort(dim=1, stable=True)  # the least confident first, known ones last
+                end = step + (1 if chooses_anew else size)
+                confidence = self.confidences(logits, drawn, noise.gumbel(N), end)  # [B, N]
+                order = confidence.masked_fill(~unknown, math.inf).argsort(
+                    dim=1, stable=True
+                )  # the least confident first, known ones last
                 num_unknown = unknown.sum(1)
                 unknown = order.argsort(dim=1) < remaining[step].unsqueeze(1)
                 known = given | ~unknown.view(B, 1, *grid)
@@ -106,9 +106,10 @@ class Masked:
                 on_step(step, self.num_steps, ids)
             step += 1
             if size > 1:
-                group = Group(order, num_unknown, remaining[step - 1 : step - 1 + size], step - 1)
+                assert self.reuse is not None
+                group = Group(order, num_unknown, remaining[step - 1 : step - 1 + size], step - 1, self.reuse.spare)
                 for _ in range(size - 1):
-                    ids, known = self.light_step(predict, ids, known, given, group, cache, draws, step)
+                    ids, known = self.light_step(predict, ids, known, given, group, cache, draws, noise, step)
                     if on_step is not None:
                         on_step(step, self.num_steps, ids)
                     step += 1
@@ -119,6 +120,13 @@ class Masked:
         """What divides the logits at this step."""
         return annealed(self.softmax_temperature, self.softmax_end, self.softmax_power, step, self.num_steps)
 
+    def confidences(self, logits: Tensor, drawn: Tensor, gumbel: Tensor, end: int) -> Tensor:
+        """[B, n]: how sure the model is of the ids drawn [B, Q, *n] from logits [B, Q, *n, S], and noise [B, n] that is gone when the step `end` is the last."""
+        sure = logits.gather(-1, drawn.clamp_min(0).unsqueeze(-1)).squeeze(-1)  # [B, Q, *n]
+        if self.confidence == "log_prob":
+            sure = sure - logits.logsumexp(-1)
+        return sure.flatten(2).mean(1) + self.temperature * (1 - end / self.num_steps) * gumbel.to(sure.device)
+
     def light_step(
         self,
         predict: PredictIds,
@@ -128,6 +136,7 @@ class Masked:
         group: Group,
         cache: Cache,
         draws: Rng,
+        noise: Rng,
         step: int,
     ) -> tuple[Tensor, Tensor]:
         """(ids, known) after the model has seen the tokens of the group alone."""
@@ -142,8 +151,16 @@ class Masked:
         # A number for every place of the grid, so that what a place is given does not depend on how many are asked.
         u = draws.uniform(Q, math.prod(grid)).to(logits.device).gather(2, place)
         drawn = torch.where(own_known, own, pick(logits, u, self.softmax_at(step)))
-        is_filled = group.filled(step).unsqueeze(1)  # [B, 1, n]
-        own_known = own_known | is_filled
+        is_filled = group.filled(step)  # [B, n]
+        if self.reuse.choice == "anew" and step + 1 < self.num_steps:
+            gumbel = noise.gumbel(math.prod(grid)).to(logits.device).gather(1, group.chosen)
+            confidence = self.confidences(logits, drawn, gumbel, step + 1)
+            confidence = confidence.masked_fill(own_known.all(1), math.inf)
+            if group.used is not None:
+                confidence = confidence.masked_fill(~group.used, -math.inf)
+            # The surest first; there are as many of them as the order of the full step would have filled.
+            is_filled = is_filled.gather(1, confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1))
+        own_known = own_known | is_filled.unsqueeze(1)
         own = torch.where(own_known, drawn, -1)
         ids = ids.flatten(2).scatter(2, place, own).view_as(ids)
         known = known.flatten(2).scatter(2, place, own_known).view_as(known)
@@ -155,27 +172,29 @@ class Masked:
 
 
 class Group:
-    """The positions that the steps of a group fill, in their order.
+    """The positions that the steps of a group fill, in their order, and some that are spare.
 
     Args:
         order: [B, N] int64, positions, the last of the num_unknown [B] first ones is filled first.
         remaining: [steps of the group, B], positions still unknown after each.
         first: number of the group's first step.
+        spare: as a part of those that are filled, how many more are computed.
 
     Attributes:
         chosen: [B, n] int64, positions.
         used: [B, n] bool, False where a sample has fewer of them than another; None = all.
     """
 
-    def __init__(self, order: Tensor, num_unknown: Tensor, remaining: Tensor, first: int):
+    def __init__(self, order: Tensor, num_unknown: Tensor, remaining: Tensor, first: int, spare: float = 0.0):
         self._filled, self._first = num_unknown - remaining, first  # [steps, B]
-        n = int(self._filled[-1].max())
+        size = torch.minimum((self._filled[-1] * (1 + spare)).ceil().long(), num_unknown)  # [B]
+        n = int(size.max())
         self._slots = torch.arange(n, device=order.device)
-        # Distinct positions, spare slots too: they go on from the last known one.
+        # Distinct positions, unused slots too: they go on from the last known one.
         self.chosen = order.gather(1, (num_unknown[:, None] - 1 - self._slots) % order.shape[1])
-        used = self._slots < self._filled[-1][:, None]
+        used = self._slots < size[:, None]
         self.used = None if bool(used.all()) else used
 
     def filled(self, step: int) -> Tensor:
-        """[B, n] bool: what is known after this step."""
+        """[B, n] bool: the slots that are known after this step, in the order of the group."""
         return self._slots < self._filled[step - self._first][:, None]

@@ -53,6 +53,8 @@ class OctreeMasked:
                 raise UsageError(f"sampler.temperature={temperature} must be positive")
         if not 0 <= remask <= 1 or not 0 <= remask_from <= 1:
             raise UsageError(f"sampler.remask={remask} and remask_from={remask_from} must be in [0, 1]")
+        if reuse is not None:
+            reuse.check_needs_no_choice("octree_masked")
         self.num_steps, self.temperature, self.remask, self.remask_from = num_steps, temperature, remask, remask_from
         self.reuse = reuse
 
