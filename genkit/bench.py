@@ -22,6 +22,7 @@ from genkit.errors import UsageError, nearest
 _FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 _PAIRS, _QUICK_PAIRS = 9, 5
 _LEAST_S = 0.02  # a timing shorter than this is repeated inside one reading
+_LONG_S = 10.0  # a pair that takes longer than this steadies itself: the fewest of them are enough
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,24 @@ class Row(TypedDict):
     note: str  # why there is no ratio, else empty
 
 
-def run(suite: str, *, quick: bool = False, threads: int | None = None) -> list[Row]:
-    """Time every case of a suite.
+def run(
+    suite: str,
+    *,
+    quick: bool = False,
+    threads: int | None = None,
+    only: str = "",
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Time the cases of a suite.
 
     Args:
         suite: name of a file in benchmarks/.
         quick: smaller cases and the fewest pairs, 5.
         threads: torch threads for both sides; None leaves them as they are.
+        only: words that a case's name has, in any case of letters; empty = all cases.
+        on_row: is told of each case as soon as it is timed.
 
-    Raises: UsageError outside a checkout or for an unknown suite.
+    Raises: UsageError outside a checkout, for an unknown suite and for words that no case has.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads={threads} must be at least 1")
@@ -73,9 +83,24 @@ def run(suite: str, *, quick: bool = False, threads: int | None = None) -> list[
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        return [_time(case, _QUICK_PAIRS if quick else _PAIRS) for case in cases(quick)]
+        rows, others = [], []
+        for case in cases(quick):
+            if only.lower() in case.name.lower():
+                rows.append(_time(case, _QUICK_PAIRS if quick else _PAIRS))
+                on_row(rows[-1])
+            else:
+                others.append(case.name)
     finally:
         torch.set_num_threads(before)
+    if not rows:
+        raise UsageError(f"no case of suite {suite} has '{only}' in its name: {'; '.join(others)}")
+    return rows
+
+
+def line(row: Row) -> str:
+    """A row in a line, for those who wait for the others."""
+    name, peer, ratio, _, ours, theirs, *_ = _cells(row)
+    return f"{name}: {ratio} ({ours}, {theirs} by {peer})"
 
 
 def render(rows: list[Row]) -> str:
@@ -118,7 +143,10 @@ def module(suite: str) -> Any:
 def _time(case: Case, pairs: int) -> Row:
     """Warm up, then time A B, B A, A B, ...: whatever drifts during the measurement meets both sides alike."""
     sides = [case.ours] if isinstance(case.peer, str) else [case.ours, case.peer]
+    started = time.perf_counter()
     repeats = [_warm_up(side) for side in sides]
+    if time.perf_counter() - started > 2 * _LONG_S:  # each side was called twice
+        pairs = min(pairs, _QUICK_PAIRS)
     seconds: list[list[float]] = [[] for _ in sides]
     was_collecting = gc.isenabled()
     gc.collect()

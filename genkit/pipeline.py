@@ -30,6 +30,7 @@ from genkit.errors import GenkitError, UsageError
 from genkit.fitting import check_reuse, check_sampler
 from genkit.guidance import Guidance, guide
 from genkit.interfaces import OnStep
+from genkit.labels import class_number
 from genkit.nn.extrapolation import extrapolating
 from genkit.nn.grid_tokenizer import image_sides
 from genkit.nn.layout import dense_layout
@@ -216,22 +217,26 @@ class GeneratorPipeline(DiffusionPipeline):
         with packed(self.backbone, weak), contextlib.ExitStack() as stack:
             for network in [self.backbone] if weak is None else [self.backbone, weak]:
                 stack.enter_context(extrapolating(network, rope or {}))
-            if hasattr(self.tokenizer, "meshes"):
-                return self.tokenizer.meshes(draw(predict, predict.start(len(labels)), rng, on_step), resolution)
-            if objective.target == "ids":
-                shape = getattr(predict, "shape", (self.tokenizer.num_levels, *grid))
-                if start is None:
-                    start = torch.full((len(labels), *shape), -1, device=self.device)
-                check_start(start, (len(labels), *shape), self.tokenizer.codebook_size)
-                z = self.tokenizer.codes(draw(predict, start, rng, on_step))
-            elif getattr(objective, "draws", "") == "tokens":
-                if start is None:
-                    start = torch.full((len(labels), self.tokenizer.channels, *grid), math.nan, device=self.device)
-                z = draw(predict, start, rng, on_step)
-            else:
-                start = rng.fork("start").normal(self.tokenizer.channels, *grid)
-                z = draw(predict, start, rng, on_step)
+            start = self._start(objective, predict, len(labels), grid, rng, start)
+            drawn = draw(predict, start, rng, on_step)
+        if hasattr(self.tokenizer, "meshes"):
+            return self.tokenizer.meshes(drawn, resolution)
+        z = self.tokenizer.codes(drawn) if objective.target == "ids" else drawn
         return self.tokenizer.decode(z).clamp(-1, 1)
+
+    def _start(self, objective: Any, predict: Any, count: int, grid: tuple[int, ...], rng: Rng, given: Any) -> Any:
+        """What a sampler begins with: nothing of shapes; holes, or what is given, where ids or tokens are filled in; else noise."""
+        if hasattr(self.tokenizer, "meshes"):
+            return predict.start(count)
+        if objective.target == "ids":
+            shape = (count, *getattr(predict, "shape", (self.tokenizer.num_levels, *grid)))
+            ids = torch.full(shape, -1, device=self.device) if given is None else given
+            check_start(ids, shape, self.tokenizer.codebook_size)
+            return ids
+        shape = (self.tokenizer.channels, *grid)
+        if getattr(objective, "draws", "") == "tokens":
+            return torch.full((count, *shape), math.nan, device=self.device) if given is None else given
+        return rng.fork("start").normal(*shape)
 
     @property
     def trained_size(self) -> str:
@@ -399,18 +404,6 @@ def check_start(start: Tensor, shape: Sequence[int], codebook_size: int) -> None
         raise UsageError(
             f"start holds the id {int(wrong[0])} of a codebook of {codebook_size} (0-{codebook_size - 1}); where an id is to be found, put -1"
         )
-
-
-def class_number(label: int | str, names: Sequence[str]) -> int:
-    """A class given by number or by name (any case). Raises UsageError naming the nearest class."""
-    if isinstance(label, int):
-        return label
-    by_name = {name.lower(): i for i, name in enumerate(names)}
-    if label.lower() not in by_name:
-        from genkit.errors import nearest
-
-        raise UsageError(f"no class is called '{label}'; {nearest(label, list(names))}")
-    return by_name[label.lower()]
 
 
 def draw_seeds(generator: torch.Generator | list[torch.Generator] | None, count: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,33 +15,7 @@ from genkit import files, images
 from genkit.console import Progress
 from genkit.data.sizes import named_size, parse_size
 from genkit.errors import UsageError
-from genkit.rng import Rng, sample_seeds
-
-
-def parse_labels(text: str | Sequence[int | str] | None, class_names: Sequence[str]) -> list[int]:
-    """Class numbers from "0-9", "3,7", "Sneaker,Bag" or a list; None = every class, or [-1] for an unconditional model.
-
-    Raises: UsageError for a number out of range or an unknown name.
-    """
-    from genkit.pipeline import class_number
-
-    if text is None:
-        return list(range(len(class_names))) or [-1]
-    chosen: list[int] = []
-    for word in text.split(",") if isinstance(text, str) else text:
-        if isinstance(word, str) and (span := re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", word)):
-            chosen += range(int(span[1]), int(span[2]) + 1)
-        elif isinstance(word, str) and re.fullmatch(r"\s*-?\d+\s*", word):
-            chosen.append(int(word))
-        else:
-            chosen.append(class_number(word.strip() if isinstance(word, str) else word, class_names))
-    wrong = [label for label in chosen if not -1 <= label < len(class_names)]
-    if wrong or not chosen:
-        classes = f"0-{len(class_names) - 1}" if class_names else "none: the model is unconditional"
-        raise UsageError(
-            f"labels {text!r}: {wrong[0] if wrong else 'nothing'} is not a class of this model (classes {classes})"
-        )
-    return chosen
+from genkit.requests import read_request
 
 
 def sample(
@@ -77,7 +50,7 @@ def sample(
 
     Args:
         count: how many; by default one per label, caption or picture.
-        labels: see `parse_labels`; of a generator that is told neighbours, classes of the database.
+        labels: see genkit.labels.parse_labels; of a generator that is told neighbours, classes of the database.
         sampler: changes of the recipe's section `sampler`: "type=euler", "reuse.type=skip_blocks".
         size: pixels, "48x64" or (Y, X), rows x columns; by default as trained.
         rope: how rotary positions meet another size, see GeneratorPipeline.generate.
@@ -101,32 +74,18 @@ def sample(
         raise UsageError(
             f"run {run} is a tokenizer; sampling needs a generator's run (`genkit encode` and `decode` use tokenizers)"
         )
-    neighbours = None
-    if database is not None or classes is not None:
-        neighbours = open_database(pipeline, database, classes)
-    class_names = pipeline.told.names(neighbours)
-    said = [word for word, given in (("--caption", captions), ("--image", pictures), ("--labels", labels)) if given]
-    if len(said) > 1:
-        raise UsageError(f"{' and '.join(said)} both say what to draw; give one of them")
-    if captions or pictures or labels is None:
-        chosen = [-1] if captions or pictures else pipeline.told.classes(neighbours) or [-1]
-    else:
-        chosen = parse_labels(labels, class_names)
-    count = len(captions or pictures or chosen) if count is None else count
-    if count < 1:
-        raise UsageError(f"-n {count}: at least one sample is needed")
-    all_labels = [chosen[i % len(chosen)] for i in range(count)]
-    seeds = sample_seeds(seed, 0, count)
-    texts = [captions[i % len(captions)] for i in range(count)] if captions else None
-    looks = [str(pictures[i % len(pictures)]) for i in range(count)] if pictures else None
-    if pictures:  # what cannot be read, or is not listened to, is said before anything is written
-        different = list(dict.fromkeys(looks or ()))
-        pipeline.told.of_request(torch.full((len(different),), -1), Rng(seeds[:1] * len(different)), images=different)
-    edit = "" if known is None else f"-{Path(known).stem}"
-    edit += "-captions" if captions else ""
-    edit += f"-{Path(pictures[0]).stem}" if pictures else ""
-    edit += "" if neighbours is None else f"-{named_database(database, classes)}"
-    folder = Path(out) if out is not None else Path(run) / "samples" / f"seed-{seed}{named_size(size, rope)}{edit}"
+    asked = read_request(
+        pipeline,
+        count=count,
+        labels=labels,
+        seed=seed,
+        captions=captions,
+        pictures=pictures,
+        database=database,
+        classes=classes,
+    )
+    about = named_size(size, rope) + ("" if known is None else f"-{Path(known).stem}") + asked.name
+    folder = Path(out) if out is not None else Path(run) / "samples" / f"seed-{seed}{about}"
     settings = {
         "run": str(run),
         "checkpoint": pipeline.folder.parent.name,
@@ -136,25 +95,27 @@ def sample(
         | ({} if guidance is None else {"guidance": guidance}),
         **({} if size is None else {"size": list(parse_size(size))}),
         **({"rope": dict(rope)} if rope else {}),
-        **({} if neighbours is None else {"database": database and str(database), "classes": classes}),
+        **({} if asked.database is None else {"database": database and str(database), "classes": classes}),
     }
     if hasattr(pipeline.tokenizer, "meshes"):
         if size is not None or known is not None or rope:
             raise UsageError("--size, --rope and --known are for images; this model draws shapes")
         from genkit import shapes
 
-        drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler}
-        how: dict[str, Any] = {
-            "format": format,
-            "batch_size": batch_size,
-            "resolution": resolution,
-            "turntable": turntable,
-            "texts": texts,
-            "looks": looks,
-        }
-        return shapes.write_samples(pipeline, state, folder, settings, all_labels, seeds, **how, **drawing)
-    if looks is not None:
-        raise UsageError("--image is for generators of shapes that are told pictures; --known IMAGE completes an image")
+        return shapes.write_samples(
+            pipeline,
+            state,
+            folder,
+            settings,
+            asked,
+            format=format,
+            batch_size=batch_size,
+            resolution=resolution,
+            turntable=turntable,
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
+        )
     grid = None if size is None else pipeline.grid_of(size)
     edited = None
     if known is not None or keep is not None:
@@ -164,32 +125,25 @@ def sample(
             raise UsageError("--known IMAGE and --keep MASK go together: an image, and which of its pixels stay")
         edited = editing.read(pipeline, known, keep, grid)
         settings["known"] = edited.record
-    names = [f"{i:06d}.png" for i in range(count)]
-    rows = [
-        {"file": name, "label": label, "class": class_names[label] if label >= 0 else None, "seed": seed}
-        for name, label, seed in zip(names, all_labels, seeds, strict=True)
-    ]
-    if texts is not None:
-        rows = [row | {"caption": text} for row, text in zip(rows, texts, strict=True)]
+    names = [f"{i:06d}.png" for i in range(len(asked))]
     if state.is_main_process:
-        claim(folder, {**settings, "samples": rows})
+        claim(folder, {**settings, "samples": asked.rows(names)})
     state.wait_for_everyone()
 
     started = time.perf_counter()
-    todo = [i for i in range(count) if not (folder / names[i]).exists()][state.process_index :: state.num_processes]
+    todo = [i for i in range(len(asked)) if not (folder / names[i]).exists()][
+        state.process_index :: state.num_processes
+    ]
     with Progress(total=len(todo), unit="images", title=f"sample {Path(run).name}") as progress:
         for first in range(0, len(todo), batch_size):
             part = todo[first : first + batch_size]
             x = pipeline.generate(
-                torch.tensor([all_labels[i] for i in part]),
-                [seeds[i] for i in part],
+                **asked.told(part),
                 steps=steps,
                 guidance=guidance,
                 sampler=sampler,
                 size=size,
                 rope=rope,
-                texts=None if texts is None else [texts[i] for i in part],
-                database=neighbours,
                 start=None if edited is None else edited.start.expand(len(part), -1, -1, -1),
                 on_step=lambda step, total, state: progress.advance(0, step=step + 1),
             )
@@ -200,56 +154,16 @@ def sample(
     state.wait_for_everyone()
     seconds = time.perf_counter() - started
     if state.is_main_process:
-        shown = range(min(count, 200))
+        shown = range(min(len(asked), 200))
         tensors = _read([folder / names[i] for i in shown])
-        images.write_png(folder / "grid.png", class_grid(tensors, [all_labels[i] for i in shown], class_names))
+        images.write_png(folder / "grid.png", class_grid(tensors, asked.labels[: len(shown)], asked.class_names))
     return {
-        "images": count,
+        "images": len(asked),
         "out": str(folder),
         "grid": str(folder / "grid.png"),
         "json": str(folder / "samples.json"),
         "seconds": seconds,
     }
-
-
-def open_database(pipeline: Any, database: str | Path | None, classes: str | None) -> Any:
-    """The database by a word, None = that of training; of some of its classes alone, named as labels are.
-
-    Raises: UsageError for a generator that is told something else, and for what cannot be a database.
-    """
-    if not hasattr(pipeline.told, "open"):
-        raise UsageError(
-            f"--database is for generators that are told neighbours; this one was trained with condition: {{type: {pipeline.condition['type']}}}"
-        )
-    found = pipeline.told.database if database is None else pipeline.told.open(str(database))
-    return found if classes is None else found.of_classes(parse_labels(classes, found.class_names))
-
-
-def write_database(
-    run: str | Path, images: str, out: str | Path, *, classes: str | None = None, device: str | None = None
-) -> dict[str, Any]:
-    """Embed images as neighbours for a generator, into a file that `sample` takes in their place. Returns: out, entries, width, classes."""
-    from genkit.pipeline import open_run
-
-    if Path(out).suffix != ".safetensors":
-        raise UsageError(f"-o {out}: a database is a file of safetensors; give it a name in .safetensors")
-    pipeline = open_run(run, device=device)
-    if not hasattr(pipeline, "generate"):
-        raise UsageError(f"run {run} is a tokenizer; a database belongs to a generator that is told neighbours")
-    found = open_database(pipeline, images, classes)
-    found.save(Path(out))
-    return {
-        "out": str(out),
-        "entries": len(found),
-        "width": found.vectors.shape[1],
-        "classes": list(found.class_names),
-    }
-
-
-def named_database(database: str | Path | None, classes: str | None) -> str:
-    """For the name of a folder: "val", "cats-3,7"."""
-    parts = ["" if database is None else Path(database).stem, classes or ""]
-    return re.sub(r"[^A-Za-z0-9_.,]+", "-", "-".join(filter(None, parts)))
 
 
 def claim(folder: Path, record: dict[str, Any]) -> None:

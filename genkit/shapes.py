@@ -13,6 +13,7 @@ from torch import Tensor
 from genkit import images
 from genkit.console import Progress
 from genkit.errors import UsageError, nearest
+from genkit.requests import Request
 from genkit.rng import Rng, sample_seeds
 
 _SHOWN = 96  # shapes in a contact sheet
@@ -44,15 +45,12 @@ def write_samples(
     state: Any,
     folder: Path,
     settings: dict[str, Any],
-    labels: list[int],
-    seeds: list[int],
+    asked: Request,
     *,
     format: str,
     batch_size: int,
     resolution: int | None,
     turntable: bool,
-    texts: Sequence[str] | None = None,
-    looks: Sequence[str] | None = None,
     **drawing: Any,
 ) -> dict[str, Any]:
     """Write a mesh per sample, a contact sheet with one row per class, and samples.json: `genkit sample` of a generator of shapes.
@@ -68,8 +66,6 @@ def write_samples(
         format: end of the files' names, of genkit.meshes.storage.FORMATS.
         resolution: cells along a side, see OctreeVQ.meshes.
         turntable: also a GIF of each shape.
-        texts: of a generator that is told captions, one per sample; None = the names of the classes.
-        looks: of a generator that is told pictures, the file of one per sample; None = held-out shapes of the classes.
         drawing: steps, guidance and sampler, for GeneratorPipeline.generate.
 
     Returns: shapes, out, grid, json (paths), empty (files that were not written), seconds.
@@ -80,17 +76,10 @@ def write_samples(
 
     if format not in storage.FORMATS:
         raise UsageError(f"--format {format} is not known; {nearest(format, list(storage.FORMATS))}")
-    names = [f"{i:06d}.{format}" for i in range(len(labels))]
-    rows = [
-        {"file": name, "label": label, "class": pipeline.class_names[label] if label >= 0 else None, "seed": seed}
-        for name, label, seed in zip(names, labels, seeds, strict=True)
-    ]
-    for word, said in (("caption", texts), ("picture", looks)):
-        if said is not None:
-            rows = [row | {word: own} for row, own in zip(rows, said, strict=True)]
+    names = [f"{i:06d}.{format}" for i in range(len(asked))]
     settings |= {"resolution": resolution} if resolution is not None else {}
     if state.is_main_process:
-        claim(folder, {**settings, "samples": rows})
+        claim(folder, {**settings, "samples": asked.rows(names)})
     state.wait_for_everyone()
     started = time.perf_counter()
     todo = [i for i, name in enumerate(names) if not (folder / name).exists()]
@@ -99,16 +88,15 @@ def write_samples(
         for first in range(0, len(todo), batch_size):
             part = todo[first : first + batch_size]
             found = pipeline.generate(
-                torch.tensor([labels[i] for i in part]),
-                [seeds[i] for i in part],
+                **asked.told(part),
                 resolution=resolution,
-                texts=None if texts is None else [texts[i] for i in part],
-                images=None if looks is None else [looks[i] for i in part],
                 **drawing,
             )
             for i, mesh in zip(part, found, strict=True):
                 if not len(mesh.faces):
-                    progress.line(f"{names[i]} is not written: the decoded function has no surface (seed {seeds[i]})")
+                    progress.line(
+                        f"{names[i]} is not written: the decoded function has no surface (seed {asked.seeds[i]})"
+                    )
                     continue
                 storage.save(mesh, folder / names[i])
                 if turntable:
@@ -121,16 +109,16 @@ def write_samples(
         nothing = Mesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64))
         shown = range(min(len(names), _SHOWN))
         meshes = [nothing if names[i] in empty else storage.load(folder / names[i]) for i in shown]
+        labels = asked.labels[: len(shown)]
         if hasattr(getattr(pipeline, "told", None), "chosen"):
-            own = labels[: len(shown)]
             ink = (
-                pipeline.told.chosen(torch.tensor(own), Rng(seeds[: len(shown)]))
-                if looks is None
-                else torch.stack([pipeline.told.read(looks[i]) for i in shown])
+                pipeline.told.chosen(torch.tensor(labels), Rng(asked.seeds[: len(shown)]))
+                if asked.pictures is None
+                else torch.stack([pipeline.told.read(path) for path in asked.pictures[: len(shown)]])
             )
             sheet = picture_sheet(meshes, ink)
         else:
-            sheet = class_sheet(meshes, [labels[i] for i in shown], pipeline.class_names)
+            sheet = class_sheet(meshes, labels, asked.class_names)
         images.write_png(folder / "grid.png", sheet)
     return {
         "shapes": len(names) - len(empty),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -18,28 +18,29 @@ SUITES = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of suites of our own, with one named `toy`."""
+    """A folder of suites of our own, with one named `toy`, by a clock that stands still but for what its calls say."""
     (tmp_path / "toy.py").write_text(
-        "import time\n"
+        "from genkit import bench\n"
         "from genkit.bench import Case\n"
-        "CALLS = []\n"
         "def wait(name, seconds):\n"
-        "    CALLS.append(name)\n"
-        "    time.sleep(seconds)\n"
+        "    bench.time.sleep(seconds)\n"
         "def cases(quick):\n"
         "    yield Case('wait', 'sleeper 1.0', 2.0, lambda: wait('ours', 0.02), lambda: wait('peer', 0.06))\n"
         "    if not quick:\n"
         "        yield Case('alone', 'nobody', 2.0, lambda: wait('ours', 0.001), 'not installed; pip install nobody')\n"
     )
     monkeypatch.setattr(bench, "_FOLDER", tmp_path)
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s))
+    monkeypatch.setattr(bench, "time", clock)
     return tmp_path
 
 
 def test_ratio_is_peer_seconds_over_ours(suite: Path) -> None:
     (row,) = bench.run("toy", quick=True)
-    assert row["ratio"] == pytest.approx(3.0, rel=0.4)
-    assert row["ours_s"] == pytest.approx(0.02, rel=0.4)
-    assert row["peer_s"] == pytest.approx(0.06, rel=0.4)
+    assert row["ratio"] == pytest.approx(3.0)
+    assert row["ours_s"] == pytest.approx(0.02)
+    assert row["peer_s"] == pytest.approx(0.06)
     assert row["runs"] == 5
     assert row["threads"] == torch.get_num_threads()
 
@@ -51,6 +52,21 @@ def test_a_missing_peer_is_a_row_that_says_so(suite: Path) -> None:
     assert json.loads(json.dumps(rows)) == rows
     last = bench.render(rows).splitlines()[-1]
     assert "nobody: not installed; pip install nobody" in last
+
+
+def test_long_pairs_are_fewer_and_each_case_is_told_of_at_once(suite: Path) -> None:
+    toy = (suite / "toy.py").read_text()
+    (suite / "toy.py").write_text(toy.replace("0.02", "4.0").replace("0.06", "8.0"))
+    told: list[str] = []
+    rows = bench.run("toy", on_row=lambda row: told.append(bench.line(row)))
+    assert [row["runs"] for row in rows] == [5, 9]
+    assert told[0] == "wait: 2.00x (4000.00 ms, 8000.00 ms by sleeper 1.0)"
+
+
+def test_only_the_cases_that_are_asked_for(suite: Path) -> None:
+    assert [row["case"] for row in bench.run("toy", only="ALO")] == ["alone"]
+    with pytest.raises(UsageError, match="no case of suite toy has 'vq' in its name: wait; alone"):
+        bench.run("toy", only="vq")
 
 
 def test_sides_take_turns_at_going_first() -> None:

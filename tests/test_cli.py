@@ -246,11 +246,9 @@ def test_eval_passes_its_options(stub, run_directory, capsys):
 
 
 def test_bench_prints_rows(stub, capsys):
-    stub(
-        "genkit.bench", run=lambda suite, quick, threads: [{"case": suite, "quick": quick}], render=lambda rows: "rows"
-    )
-    assert cli.main(["bench", "vq", "--quick", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [{"case": "vq", "quick": True}]
+    stub("genkit.bench", run=lambda suite, on_row, **how: [{"case": suite, **how}], render=lambda rows: "rows")
+    assert cli.main(["bench", "vq", "--quick", "--json", "--only", "16k"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"case": "vq", "quick": True, "threads": None, "only": "16k"}]
 
 
 def test_quickstart_ends_with_figures_seconds_and_pictures(stub, capsys):

@@ -29,6 +29,7 @@ from genkit.octree.partition import around, blend, blend_with_gradient
 from genkit.octree.tokens import samples_of
 from genkit.pipeline import open_run
 from genkit.recipes import resolve
+from genkit.requests import Request
 from genkit.rng import Rng
 from genkit.sampling import sample
 from genkit.tokenizers.octree_vq import OctreeVQ
@@ -395,7 +396,7 @@ def test_a_function_without_a_surface_is_reported_and_not_written(tmp_path, monk
 
     monkeypatch.setattr(pictures, "write_turntable", lambda path, mesh: path.write_bytes(b"turning"))
     how = {"format": "ply", "batch_size": 2, "resolution": None, "turntable": True}
-    found = shapes.write_samples(Pipeline(), State(), tmp_path / "out", {}, [-1] * 3, [0, 1, 2], **how)
+    found = shapes.write_samples(Pipeline(), State(), tmp_path / "out", {}, Request([-1] * 3, [0, 1, 2], ()), **how)
     assert found["empty"] == ["000001.ply"]
     assert "000001.ply is not written: the decoded function has no surface (seed 1)" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

@@ -36,6 +36,7 @@ from genkit.objectives.octree_masked import OctreeMasked
 from genkit.octree import build
 from genkit.octree.tokens import OctreeTokens, samples_of, splits_of
 from genkit.pipeline import open_run
+from genkit.requests import Request
 from genkit.rng import Rng
 from genkit.shapes import picture_sheet, write_samples
 
@@ -471,8 +472,10 @@ def test_shapes_by_caption_from_the_command_line(here):
     assert not torch.equal(other[0], said[0])
     asked = []
     pipe.generate = lambda labels, seeds, **how: asked.append(how["texts"]) or [cube()] * len(labels)
-    how = {"format": "ply", "resolution": None, "turntable": False, "batch_size": 2, "texts": ["a", "b", "c"]}
-    write_samples(pipe, PartialState(), here / "again", {}, [-1] * 3, [0, 1, 2], **how)
+    how = {"format": "ply", "resolution": None, "turntable": False, "batch_size": 2}
+    write_samples(
+        pipe, PartialState(), here / "again", {}, Request([-1] * 3, [0, 1, 2], (), texts=["a", "b", "c"]), **how
+    )
     assert asked == [["a", "b"], ["c"]]
 
 

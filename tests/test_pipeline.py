@@ -12,8 +12,9 @@ from PIL import Image
 
 from genkit import AutoPipeline, AutoTokenizer
 from genkit.errors import GenkitError, UsageError
+from genkit.labels import parse_labels
 from genkit.pipeline import draw_seeds, open_run
-from genkit.sampling import parse_labels, sample
+from genkit.sampling import sample
 from genkit.training import train
 from tests.tiny import GENERATOR, TOKENIZER
 

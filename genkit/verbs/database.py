@@ -18,7 +18,7 @@ ARGUMENTS = (
 
 
 def run(args: argparse.Namespace) -> Answer:
-    from genkit.sampling import write_database
+    from genkit.databases import write_database
 
     found = write_database(args.run, args.images, args.out, classes=args.classes, device=args.device)
     return Answer(found, f"{found['entries']} embeddings of {found['width']} numbers in {found['out']}")
