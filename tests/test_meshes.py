@@ -158,7 +158,7 @@ BAD = {
     "lie.stl": (stl(7, 2), "promises 7 triangles, 434 bytes; the file has 184"),
     "short.stl": (b"solid x\nfacet normal 0 0 1\nouter loop\nvertex 0 0 0\nvertex 1 0 0\n", "not three for each facet"),
     "tiny.stl": (b"abc", "3 bytes are no STL"),
-    "lie.off": (b"OFF\n8 6 0\n0 0 0\n", "promises 8 vertices and 6 faces, the file has 4 lines"),
+    "lie.off": (b"OFF\n8 6 0\n0 0 0\n", "promises 8 vertices and 6 faces, the file has 3 lines"),
     "word.off": (b"NOFFS\n", "does not begin with OFF"),
     "short.off": (b"OFF\n1 1 0\n0 0 0\n3 0 0\n", "a face of 3 corners in a line of 2 numbers"),
     "not.glb": (b"PK\3\4", "does not begin with glTF"),

@@ -16,6 +16,7 @@ from genkit.meshes.mesh import Mesh, merged, problem_of
 
 FORMATS = ("glb", "obj", "off", "ply", "stl")
 SUFFIXES = tuple(f".{name}" for name in FORMATS)
+_LONGEST = 300  # characters of a reason: what a broken file holds may have no end
 
 
 def load(path: str | Path) -> Mesh:
@@ -44,9 +45,14 @@ def parse(data: bytes, suffix: str, name: str) -> Mesh:
     """A mesh from the bytes of a file, for what lies in archives; `name` stands in messages. Raises GenkitError as `load`."""
     reader = _format(Path(f"{name}{suffix}" if not name.lower().endswith(suffix.lower()) else name))
     try:
-        return _checked(reader.read(data) if data else None)
-    except (ValueError, OverflowError, MemoryError) as error:
-        raise GenkitError(f"{name}: {error or type(error).__name__}") from None
+        # Files may hold anything: what is not finite, or too large, is found afterwards and said once.
+        with np.errstate(all="ignore"):
+            return _checked(reader.read(data) if data else None)
+    except OverflowError:
+        raise GenkitError(f"{name}: it names a number that is too large") from None
+    except (ValueError, MemoryError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise GenkitError(f"{name}: {reason[:_LONGEST] + '...' if len(reason) > _LONGEST else reason}") from None
 
 
 def _checked(found: Polygons | None) -> Mesh:
@@ -55,8 +61,7 @@ def _checked(found: Polygons | None) -> Mesh:
     if len(found.corners) and (found.corners.min() < 0 or found.corners.max() >= len(found.vertices)):
         wrong = found.corners.max() if found.corners.max() >= len(found.vertices) else found.corners.min()
         raise ValueError(f"a face names vertex {wrong}, counted from 0, of {len(found.vertices)}")
-    with np.errstate(over="ignore"):
-        vertices = torch.from_numpy(found.vertices.astype(np.float32))
+    vertices = torch.from_numpy(found.vertices.astype(np.float32))
     mesh = Mesh(vertices, torch.from_numpy(found.triangles()))
     if (torch.from_numpy(found.vertices).isfinite() & ~vertices.isfinite()).any():
         raise ValueError(f"its coordinates are huge ({np.abs(found.vertices).max():.3g}), more than float32 holds")

@@ -32,8 +32,10 @@ def read(data: bytes) -> Polygons:
         for mesh, frame in _placed(tree):
             for part in tree["meshes"][mesh]["primitives"]:
                 mode = part.get("mode", 4)
-                if mode not in (4, 5, 6):  # points and lines
+                if mode in (0, 1, 2, 3):  # points and lines
                     continue
+                if mode not in (4, 5, 6):
+                    raise ValueError(f"a part is drawn in mode {mode!r}; points, lines and triangles are 0 to 6")
                 positions = _accessor(tree, binary, part["attributes"]["POSITION"]).astype(np.float64)
                 order = (
                     _accessor(tree, binary, part["indices"]).reshape(-1).astype(np.int64)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from genkit.meshes.formats.polygons import Polygons
+from genkit.meshes.formats.polygons import Polygons, positions
 
 
 def read(data: bytes) -> Polygons:
@@ -16,8 +16,10 @@ def read(data: bytes) -> Polygons:
     corners: list[int] = []
     sizes: list[int] = []
     count = 0
-    for at, line in enumerate(data.replace(b"\\\n", b" ").split(b"\n"), 1):
-        words = line.split()
+    # A byte order mark is no part of the first word; lines end as on any system, go on behind a backslash, and may end in a comment.
+    text = data.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\\\n", b" ")
+    for at, line in enumerate(text.split(b"\n"), 1):
+        words = line.partition(b"#")[0].split()
         if not words:
             continue
         if words[0] == b"v":
@@ -37,11 +39,7 @@ def read(data: bytes) -> Polygons:
                 raise ValueError(f"line {at}: a face names vertex 0; they are counted from 1")
             corners += [n - 1 if n > 0 else count + n for n in named]
             sizes.append(len(named))
-    try:
-        vertices = np.array(numbers, np.float64).reshape(-1, 3)
-    except ValueError as error:
-        raise ValueError(f"a vertex that is no number ({error})") from None
-    return Polygons(vertices, np.array(corners, np.int64), np.array(sizes, np.int64))
+    return Polygons(positions(numbers), np.array(corners, np.int64), np.array(sizes, np.int64))
 
 
 def write(vertices: np.ndarray, faces: np.ndarray) -> bytes:

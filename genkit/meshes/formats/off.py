@@ -6,18 +6,18 @@ import re
 
 import numpy as np
 
-from genkit.meshes.formats.polygons import Polygons
+from genkit.meshes.formats.polygons import Polygons, positions, whole
 
 
 def read(data: bytes) -> Polygons:
     """Raises ValueError for another file, and for counts that the file does not hold."""
-    head = re.match(rb"\s*(?:#[^\n]*\n\s*)*(ST)?(C)?(N)?OFF\b", data)
+    head = re.match(rb"\s*(?:#[^\n]*\n\s*)*(ST)?(C)?(N)?OFF(?![A-Za-z])", data)
     if not head:
         raise ValueError("it does not begin with OFF")
     if b"BINARY" in data[:40]:
         raise ValueError("a binary OFF; only text is read")
-    # Some writers put the counts right behind the word.
-    lines = [line.split(b"#", 1)[0].split() for line in data[head.end() :].split(b"\n")]
+    # Some writers put the counts right behind the word, even without a space (ModelNet).
+    lines = [line.split(b"#", 1)[0].split() for line in data[head.end() :].splitlines()]
     rows = iter([line for line in lines if line])
     try:
         num_vertices, num_faces = map(int, next(rows)[:2])
@@ -29,15 +29,18 @@ def read(data: bytes) -> Polygons:
         )
     try:
         # Positions come first in every kind, what else a vertex has behind them.
-        vertices = np.array([next(rows)[:3] for _ in range(num_vertices)], np.float64).reshape(-1, 3)
+        numbers = [next(rows)[:3] for _ in range(num_vertices)]
+        if short := next((row for row in numbers if len(row) < 3), None):
+            raise ValueError(f"a vertex of {len(short)} numbers")
+        vertices = positions([number for row in numbers for number in row])
         corners: list[int] = []
         sizes = []
         for _ in range(num_faces):
             row = next(rows)
-            size = int(row[0])
+            size = whole(row[0])
             if size < 3 or len(row) < size + 1:
                 raise ValueError(f"a face of {size} corners in a line of {len(row) - 1} numbers")
-            corners += map(int, row[1 : size + 1])
+            corners += map(whole, row[1 : size + 1])
             sizes.append(size)
     except (StopIteration, RuntimeError):
         raise ValueError(f"it ends before its {num_vertices:,} vertices and {num_faces:,} faces do") from None

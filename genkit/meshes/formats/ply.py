@@ -32,14 +32,18 @@ def read(data: bytes) -> Polygons:
     vertices: np.ndarray | None = None
     corners, sizes = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for element in elements:
+        names = [name for name, _ in element.properties]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"its head names {twice} of {element.name} twice")
+        lists = {name for name, kind in element.properties if not isinstance(kind, str)}
         columns = body.take(element)
         if element.name == "vertex":
-            missing = [axis for axis in "xyz" if axis not in columns]
+            missing = [axis for axis in "xyz" if axis not in columns or axis in lists]
             if missing:
                 raise ValueError(f"its vertices have no {', '.join(missing)}")
             vertices = np.stack([columns[axis] for axis in "xyz"], 1).astype(np.float64)
         elif element.name == "face":
-            named = next((columns[name] for name in _INDICES if name in columns), None)
+            named = next((columns[name] for name in _INDICES if name in lists), None)
             if named is None:
                 raise ValueError(f"its faces have no {' or '.join(_INDICES)}")
             corners, sizes = named
@@ -84,6 +88,14 @@ def _head(data: bytes) -> tuple[list[_Element], str, int]:
     return elements, form, start
 
 
+def _length(found: bytes | np.generic, element: _Element) -> int:
+    try:
+        return int(found)
+    except (ValueError, OverflowError):
+        shown = found[:40].decode("latin-1") if isinstance(found, bytes) else found
+        raise ValueError(f"a list of {shown} items in {element.name}") from None
+
+
 def _promised(element: _Element, held: str) -> ValueError:
     return ValueError(f"its head promises {element.count:,} of {element.name}, but {held}")
 
@@ -111,7 +123,7 @@ class _Text:
                 for name, kind in element.properties:
                     count = 1
                     if not isinstance(kind, str):
-                        count = int(self._words[self._at])
+                        count = _length(self._words[self._at], element)
                         lengths[name].append(count)
                         self._at += 1
                     if count < 0 or self._at + count > len(self._words):
@@ -176,7 +188,9 @@ class _Binary:
                 at += np.dtype(kind).itemsize
                 continue
             width = np.dtype(kind[0]).itemsize
-            length = int(np.frombuffer(self._data[at : at + width], self._order + kind[0])[0]) if element.count else 0
+            length = 0
+            if element.count and len(self._data) >= at + width:
+                length = _length(np.frombuffer(self._data[at : at + width], self._order + kind[0])[0], element)
             if not 0 <= length <= len(self._data):
                 raise ValueError(
                     f"a list of {length:,} items in {element.name}; the file has {len(self._data):,} bytes"
@@ -192,7 +206,7 @@ class _Binary:
             for name, kind in element.properties:
                 count, item = 1, kind if isinstance(kind, str) else kind[1]
                 if not isinstance(kind, str):
-                    count = int(self._numbers(element, kind[0], 1)[0])
+                    count = _length(self._numbers(element, kind[0], 1)[0], element)
                     lengths[name].append(count)
                 plain[name].append(self._numbers(element, item, count))
         joined = {name: np.concatenate(values) if values else np.zeros(0) for name, values in plain.items()}

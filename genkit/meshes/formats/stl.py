@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from genkit.meshes.formats.polygons import Polygons, of_triangles
+from genkit.meshes.formats.polygons import Polygons, of_triangles, positions
 
 _RECORD = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
 
@@ -17,7 +17,9 @@ def read(data: bytes) -> Polygons:
     # Binary files may begin with "solid" too: the length decides.
     if count >= 0 and len(data) == 84 + count * _RECORD.itemsize:
         corners = np.frombuffer(data, _RECORD, count, 84)["corners"].reshape(-1, 3)
-    elif data[:512].lstrip()[:5].lower() == b"solid" and re.search(rb"facet|endsolid", data):
+    elif data[:512].removeprefix(b"\xef\xbb\xbf").lstrip()[:5].lower() == b"solid" and re.search(
+        rb"(?i)facet|endsolid", data
+    ):
         corners = _text(data)
     elif count >= 0:
         raise ValueError(
@@ -29,10 +31,10 @@ def read(data: bytes) -> Polygons:
 
 
 def _text(data: bytes) -> np.ndarray:
-    found = re.findall(rb"vertex\s+(\S+)\s+(\S+)\s+(\S+)", data)
-    if len(found) % 3 or len(found) != 3 * len(re.findall(rb"\bouter\s+loop\b", data)):
+    found = re.findall(rb"(?i)vertex\s+(\S+)\s+(\S+)\s+(\S+)", data)
+    if len(found) % 3 or len(found) != 3 * len(re.findall(rb"(?i)\bouter\s+loop\b", data)):
         raise ValueError(f"{len(found)} vertices are not three for each facet; the file may be cut short")
-    return np.array(found, np.float64).reshape(-1, 3)
+    return positions([number for vertex in found for number in vertex])
 
 
 def write(vertices: np.ndarray, faces: np.ndarray) -> bytes:
