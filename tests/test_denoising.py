@@ -28,6 +28,8 @@ OBJECTIVES = {
     "flow": Flow(),
     "data flow": Flow(towards="data"),
     "trigonometric": Flow(path="trigonometric", time="logit_normal"),
+    "flow of x0": Flow(predicts="x0", time="logit_normal", time_mean=1.4),
+    "data flow of x0": Flow(predicts="x0", towards="data"),
     "edm": Edm(),
 }
 
@@ -52,6 +54,8 @@ class Knowing:
             return (self.x0 - along(o.sigma_data**2 / total**2, x) * x_t) / along(sigma * o.sigma_data / total, x)
         if isinstance(o, Flow):
             at = (t if o.towards == "noise" else 1 - t).double()
+            if o.predicts == "x0":
+                return self.x0
             a, s = along(o.path.alpha(at), x), along(o.path.sigma(at), x)
             d_a, d_s = (along(slope, x) for slope in o.path.slopes(at))
             v = d_a * self.x0 + d_s * (x - a * self.x0) / s
@@ -139,6 +143,16 @@ def test_min_snr_bounds_the_weight_of_easy_steps():
     torch.testing.assert_close(bounded.weight(t), snr.clamp_max(5.0))
     torch.testing.assert_close(Diffusion(min_snr=5.0).weight(t), (5 / snr).clamp_max(1.0))
     assert bool((plain.weight(t) == 1).all())
+
+
+def test_an_error_of_x0_counts_as_the_velocity_it_makes_and_not_without_bound():
+    for t, weight in ((0.5, 2.0), (0.1, 10.0), (0.01, 1 + 0.99 / 0.05)):  # 1 / t down to t = 0.05
+        objective, at = Flow(predicts="x0"), torch.full((8,), t, dtype=torch.float64)
+        right, wrong = (
+            objective.velocity(lambda *_, error=error: data() + error, data().flip(0), at, {}, LAYOUT)
+            for error in (0, 0.3)
+        )
+        torch.testing.assert_close(right - wrong, torch.full_like(right, 0.3 * weight), rtol=1e-4, atol=1e-4)
 
 
 def test_ancestral_steps_are_the_chains_posterior():
