@@ -78,6 +78,8 @@ def encode(
     """
     from genkit.pipeline import open_run
 
+    if batch_size < 1:
+        raise UsageError(f"batch_size={batch_size} must be at least 1")
     is_npz = out.endswith(".npz")
     if packets not in lanes.PACKETS:
         raise UsageError(f"--packets {packets}: {nearest(packets, lanes.PACKETS)}")
@@ -177,6 +179,8 @@ def decode(
     """
     from genkit.pipeline import open_run
 
+    if batch_size < 1:
+        raise UsageError(f"batch_size={batch_size} must be at least 1")
     if not 0 <= lose <= 1:
         raise UsageError(f"--lose {lose} must be in [0, 1]")
     stored = read_codes(codes)

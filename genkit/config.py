@@ -45,7 +45,7 @@ class Train(_Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto = fp32 on a CPU, bf16 on a GPU that has it"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31, description="a sample adds its number to 2^32 times the seed, in 64 bits")
     one_size_batches: bool = Field(
         False,
         description="of data in sizes of their own: every batch has images of one size, for backbones that take no padding",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import math
 import typing
 from functools import cache
 from pathlib import Path
@@ -149,6 +150,10 @@ def check(section: str, spec: Any, path: str, where: typing.Callable[[str], str]
             continue
         try:
             checked[name] = _plain(TypeAdapter(option.annotation).validate_python(value))
+            if not _is_finite(checked[name]):
+                raise UsageError(
+                    f"{path}.{name}={value!r}: numbers must be finite {_at(where(f'{path}.{name}'))}".rstrip()
+                )
         except ValidationError as error:
             problem = error.errors()[0]
             raise UsageError(
@@ -196,6 +201,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value
+
+
+def _is_finite(value: Any) -> bool:
+    """False for a number, or one within lists, that is nan or infinite."""
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _list(section: str) -> str:

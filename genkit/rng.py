@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from genkit.errors import UsageError
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -41,8 +43,16 @@ def derive(seed: int, *numbers: int) -> int:
     return state & 0x7FFFFFFFFFFFFFFF
 
 
+SEEDS = 2**31  # so many under which samples can be drawn
+
+
 def sample_seeds(seed: int, first: int, count: int) -> list[int]:
-    """Seeds of the samples number first .. first + count - 1 of everything sampled under one seed: seed * 2^32 + number."""
+    """Seeds of the samples number first .. first + count - 1 of everything sampled under one seed: seed * 2^32 + number.
+
+    Raises: UsageError for a seed with which these do not fit 64 bits.
+    """
+    if not -SEEDS <= seed < SEEDS:
+        raise UsageError(f"seed {seed} is out of range; it must be at least {-SEEDS} and below {SEEDS}")
     return [seed * 2**32 + number for number in range(first, first + count)]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from genkit.console import Progress
 from genkit.data.sizes import named_size, parse_size
 from genkit.errors import UsageError
 from genkit.requests import read_request
+
+RECORD = "samples.json"  # which samples a folder holds
 
 
 def sample(
@@ -36,7 +39,7 @@ def sample(
     pictures: Sequence[str | Path] = (),
     database: str | Path | None = None,
     classes: str | None = None,
-    format: str = "ply",
+    format: str | None = None,
     resolution: int | None = None,
     turntable: bool = False,
     ema: bool = True,
@@ -68,6 +71,8 @@ def sample(
 
     from genkit.pipeline import open_run
 
+    if batch_size < 1:
+        raise UsageError(f"batch_size={batch_size} must be at least 1")
     state = PartialState(cpu=device == "cpu")
     pipeline = open_run(run, ema=ema, device=device or state.device)
     if not hasattr(pipeline, "generate"):
@@ -108,7 +113,7 @@ def sample(
             folder,
             settings,
             asked,
-            format=format,
+            format=format or "ply",
             batch_size=batch_size,
             resolution=resolution,
             turntable=turntable,
@@ -116,6 +121,8 @@ def sample(
             guidance=guidance,
             sampler=sampler,
         )
+    if format is not None or resolution is not None or turntable:
+        raise UsageError("--format, --resolution and --turntable are for shapes; this model draws images")
     grid = None if size is None else pipeline.grid_of(size)
     edited = None
     if known is not None or keep is not None:
@@ -126,15 +133,17 @@ def sample(
         edited = editing.read(pipeline, known, keep, grid)
         settings["known"] = edited.record
     names = [f"{i:06d}.png" for i in range(len(asked))]
-    if state.is_main_process:
-        claim(folder, {**settings, "samples": asked.rows(names)})
+    claimed = claim(folder, {**settings, "samples": asked.rows(names)}) if state.is_main_process else False
     state.wait_for_everyone()
 
     started = time.perf_counter()
     todo = [i for i in range(len(asked)) if not (folder / names[i]).exists()][
         state.process_index :: state.num_processes
     ]
-    with Progress(total=len(todo), unit="images", title=f"sample {Path(run).name}") as progress:
+    with (
+        unclaimed_if_nothing_comes(folder, names if claimed else None),
+        Progress(total=len(todo), unit="images", title=f"sample {Path(run).name}") as progress,
+    ):
         for first in range(0, len(todo), batch_size):
             part = todo[first : first + batch_size]
             x = pipeline.generate(
@@ -166,16 +175,46 @@ def sample(
     }
 
 
-def claim(folder: Path, record: dict[str, Any]) -> None:
-    """Make the folder this call's own: continue the same samples, refuse to mix with others."""
-    path = folder / "samples.json"
+def claim(folder: Path, record: dict[str, Any]) -> bool:
+    """Make the folder this call's own: continue the same samples, refuse to mix with others. Returns: whether it was nobody's before."""
+    path = folder / RECORD
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; give -o a folder")
     if path.exists():
-        if json.loads(path.read_text()) != json.loads(json.dumps(record)):
+        if _record(path) != json.loads(json.dumps(record)):
             raise UsageError(f"{folder} holds other samples (see {path.name} in it); choose another -o or remove it")
-        return
-    if folder.exists() and any(folder.glob("*.png")):
-        raise UsageError(f"{folder} holds images that were not sampled by this command; choose another -o")
+        return False
+    if folder.exists() and (
+        any(folder.glob("*.png")) or any((folder / row["file"]).exists() for row in record["samples"])
+    ):
+        raise UsageError(f"{folder} holds samples that were not drawn by this command; choose another -o")
     files.write_json(path, record)
+    return True
+
+
+def _record(path: Path) -> Any:
+    """None for what is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+
+
+@contextlib.contextmanager
+def unclaimed_if_nothing_comes(folder: Path, names: Sequence[str] | None) -> Iterator[None]:
+    """Where what is inside fails before any of the files is there, the folder is nobody's again: another call may have it.
+
+    Args:
+        names: of the files; None = the folder was claimed by an earlier call, and stays so.
+    """
+    try:
+        yield
+    except BaseException:
+        if names is not None and not any((folder / name).exists() for name in names):
+            (folder / RECORD).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds what others have put there
+                folder.rmdir()
+        raise
 
 
 def _read(paths: list[Path]) -> Tensor:

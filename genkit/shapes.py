@@ -18,6 +18,7 @@ from genkit.rng import Rng, sample_seeds
 
 _SHOWN = 96  # shapes in a contact sheet
 _TILE = 192  # pixels
+LEAST_CELLS = 4  # along a side, that a surface is looked for in
 
 
 def picture(job: Any, held_out: Any, count: int) -> Any:
@@ -72,19 +73,23 @@ def write_samples(
     """
     from genkit.meshes import pictures, storage
     from genkit.meshes.mesh import Mesh
-    from genkit.sampling import claim
+    from genkit.sampling import claim, unclaimed_if_nothing_comes
 
     if format not in storage.FORMATS:
         raise UsageError(f"--format {format} is not known; {nearest(format, list(storage.FORMATS))}")
     names = [f"{i:06d}.{format}" for i in range(len(asked))]
+    if resolution is not None and resolution < LEAST_CELLS:
+        raise UsageError(f"--resolution {resolution} is too coarse for a surface; use at least {LEAST_CELLS}")
     settings |= {"resolution": resolution} if resolution is not None else {}
-    if state.is_main_process:
-        claim(folder, {**settings, "samples": asked.rows(names)})
+    claimed = claim(folder, {**settings, "samples": asked.rows(names)}) if state.is_main_process else False
     state.wait_for_everyone()
     started = time.perf_counter()
     todo = [i for i, name in enumerate(names) if not (folder / name).exists()]
     todo = todo[state.process_index :: state.num_processes]
-    with Progress(total=len(todo), unit="shapes", title="sample") as progress:
+    with (
+        unclaimed_if_nothing_comes(folder, names if claimed else None),
+        Progress(total=len(todo), unit="shapes", title="sample") as progress,
+    ):
         for first in range(0, len(todo), batch_size):
             part = todo[first : first + batch_size]
             found = pipeline.generate(

@@ -23,7 +23,20 @@ OVERRIDES = argument(
     help="train.lr=3e-4 sets, data.size=null resets, metrics+={type: fid} appends",
 )
 RUN = argument("run", metavar="RUN", help="a run directory, one of its checkpoints, or a saved pipeline")
-DEVICE = argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+
+
+def device(word: str) -> str:
+    """A place that tensors can lie in. Raises argparse's error for one that is not there."""
+    import torch
+
+    try:
+        torch.empty(1, device=word).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"{word} cannot be used here ({' '.join(str(error).split())[:120]})") from None
+    return word
+
+
+DEVICE = argument("--device", type=device, help="cpu, cuda, cuda:1, mps (default: the best there is)")
 SEED = argument("--seed", type=int, default=0, help="the same seed gives the same result (default: 0)")
 STEPS = argument("--steps", type=int, help="sampler steps (default: the recipe's)")
 GUIDANCE = argument("--guidance", type=float, help="classifier-free guidance strength (default: the recipe's)")

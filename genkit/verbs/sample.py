@@ -58,7 +58,7 @@ ARGUMENTS = (
         help="of generators that are told neighbours: others than in training, a folder, zip or npz, fashion:val, or a file of `genkit database`",
     ),
     argument("--classes", help="of a database: only entries of these, named as labels are"),
-    argument("--format", default="ply", help="of shapes: ply, obj, glb, stl or off (default: ply)"),
+    argument("--format", help="of shapes: ply, obj, glb, stl or off (default: ply)"),
     argument(
         "--resolution", type=int, metavar="CELLS", help="of shapes: cells along a side that a surface is looked for in"
     ),
