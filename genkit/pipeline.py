@@ -281,7 +281,7 @@ class GeneratorPipeline(DiffusionPipeline):
         has_weak = own.pop("weak", None) is not None
         strength = sampler["guidance"] if strength is None else strength
         if not 0 <= strength < math.inf:
-            raise UsageError(f"guidance {strength:g} must be a number, at least 0; 1 = off")
+            raise UsageError(f"guidance {strength:g} must be at least 0, and finite; 1 = off")
         is_told = self.num_classes or self.condition["type"] != "label"
         if strength != 1 and not is_told and not has_weak:
             raise UsageError(
