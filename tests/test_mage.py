@@ -168,3 +168,12 @@ def test_the_head_teaches_the_vectors_it_is_tied_to_unless_detached(maker):
         gradient = model.sequence.embed.table.weight.grad
         assert bool(gradient[:K].any()) == is_taught
         assert gradient[K].any()
+
+
+def test_positions_of_the_decoder_begin_as_large_as_asked():
+    sizes: dict[str, Any] = {"codebook_size": K, "num_levels": 1, "num_classes": 0, "grid": (16, 16), "dim": DIM}
+    for asked in ({}, {"position_std": 0.5}):
+        model = MAGE(**sizes, num_heads=2, depth=1, decoder_depth=1, **asked)
+        assert float(model.decoder_positions.std()) == pytest.approx(asked.get("position_std", 0.02), rel=0.1)
+    with pytest.raises(UsageError, match=r"backbone\.position_std=0 must be positive"):
+        MAGE(**sizes, num_heads=2, position_std=0)

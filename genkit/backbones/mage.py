@@ -32,6 +32,8 @@ class MAGE(ModelMixin, ConfigMixin):
         decoder_dim, decoder_depth, decoder_heads: of MAGE-B 768, 8, 16, L 1024, 8, 16; null = dim, and as many heads as the encoder's.
         dropout: of the embeddings and on residual branches.
         head: "tied_detached" as published; "tied" teaches the vectors of the ids, too, without which narrow networks learn several times more slowly.
+        position_std: of the decoder's learned positions at the start. Masked places are told apart by these alone, added to a class token whose numbers
+            are about 1: from the published 0.02 a short training first has to make them as large.
     """
 
     _supports_gradient_checkpointing = True
@@ -55,10 +57,13 @@ class MAGE(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,
         head: Head = "tied_detached",
+        position_std: float = 0.02,
     ):
         super().__init__()
         if depth < 1 or decoder_depth < 1:
             raise UsageError(f"backbone.depth={depth} and backbone.decoder_depth={decoder_depth} must be at least 1")
+        if position_std <= 0:
+            raise UsageError(f"backbone.position_std={position_std} must be positive")
         out_dim = decoder_dim or dim
         self.gradient_checkpointing = False
         self.sequence = IdSequence(
@@ -81,7 +86,7 @@ class MAGE(ModelMixin, ConfigMixin):
         self.encoder = blocks(dim, 0, depth, num_heads)
         self.encoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.project = nn.Linear(dim, out_dim)
-        self.decoder_positions = nn.Parameter(0.02 * torch.randn(len(self.sequence.positions), out_dim))
+        self.decoder_positions = nn.Parameter(position_std * torch.randn(len(self.sequence.positions), out_dim))
         self.decoder = blocks(out_dim, depth, decoder_depth, decoder_heads or num_heads)
         self.decoder_norm = nn.LayerNorm(out_dim, eps=1e-6)
         self.to_logits = IdHead(
