@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from genkit.bench import Case
-from genkit.metrics import features, inception, sources
+from genkit.metrics import features, inception
+from genkit.metrics.image_files import from_folder
 from genkit.metrics.statistics import frechet_distance
 
 MISSING = "not installed; pip install 'genkit-torch[bench]'"
@@ -44,7 +45,7 @@ def folder_sides(
 
 
 def _ours(folder: Path, net: features.FeatureNet) -> Tensor:
-    images = sources.from_folder(folder)
+    images = from_folder(folder)
     reads = range(0, images.count, READ)
     batches = (images.read(first, min(first + READ, images.count))[0] for first in reads)
     return torch.cat([features.ImageBatch(x).features(net) for x in batches])

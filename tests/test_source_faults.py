@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from genkit.errors import GenkitError, UsageError
-from genkit.metrics import arrays, sources
+from genkit.metrics import arrays, image_files, sources
 from tests.picture_files import SIDE, folder_of, pixels_of, png, zip_of
 
 # Refusals
@@ -71,7 +71,7 @@ def forge(path, offset_in_central, value):
 
 
 def test_zip_bombs_are_refused_unopened(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_MEMBER", 10_000)
+    monkeypatch.setattr(image_files, "MAX_MEMBER", 10_000)
     path = zip_of(tmp_path / "a.zip", {"a.png": bytes(10_001)})
     with pytest.raises(GenkitError, match=r"a\.png would unpack to 10,001 bytes, more than the 10,000"):
         sources.from_zip(path)

@@ -15,7 +15,7 @@ from PIL import Image
 from genkit.data.folder import Folder
 from genkit.data.memory import to_float
 from genkit.errors import GenkitError
-from genkit.metrics import arrays, features, sources
+from genkit.metrics import arrays, features, image_files, sources
 from genkit.metrics.statistics import FeatureSums
 from tests.picture_files import SIDE, folder_of, in_order, named, pixels_of, png, png16, zip_of
 
@@ -114,9 +114,9 @@ class Watched:
 
     def __init__(self, monkeypatch):
         self.asked = []
-        plain = sources._unpack
+        plain = image_files._unpack
         monkeypatch.setattr(
-            sources, "_unpack", lambda archive, info: self.asked.append(info.filename) or plain(archive, info)
+            image_files, "_unpack", lambda archive, info: self.asked.append(info.filename) or plain(archive, info)
         )
 
 

@@ -17,7 +17,8 @@ from torch.nn.functional import normalize
 
 from genkit import files
 from genkit.errors import GenkitError, UsageError, nearest
-from genkit.metrics import features, sources
+from genkit.metrics import features
+from genkit.metrics.image_set import Images
 from genkit.optional import is_installed, require
 from genkit.rng import Rng
 from genkit.weights import module_sha256
@@ -113,7 +114,7 @@ class Database:
             self._faiss.add(self.unit.numpy())
 
     @classmethod
-    def of(cls, images: sources.Images, embed: Embedding, *, batch_size: int = 256, index: Index = "torch") -> Database:
+    def of(cls, images: Images, embed: Embedding, *, batch_size: int = 256, index: Index = "torch") -> Database:
         """Of a set of images."""
         vectors, labels = [], []
         for first in range(0, images.count, batch_size):

@@ -13,6 +13,7 @@ from genkit.errors import GenkitError
 from genkit.metrics import known, references, sources
 from genkit.metrics.comparison import SetMetric
 from genkit.metrics.features import ImageBatch
+from genkit.metrics.image_set import Images
 from genkit.metrics.rows import FeatureRows
 
 
@@ -21,7 +22,7 @@ class Opened:
     """A reference: a file of statistics, or images, or a file that holds both."""
 
     file: references.Reference | None
-    images: sources.Images | None
+    images: Images | None
 
     @property
     def count(self) -> int | None:
@@ -103,9 +104,7 @@ def _take(metric: Any, file: references.Reference, rank: int) -> bool:
     return found
 
 
-def _feed_real(
-    metrics: list[Any], real: sources.Images, rank: int, world: int, batch_size: int, place: torch.device
-) -> None:
+def _feed_real(metrics: list[Any], real: Images, rank: int, world: int, batch_size: int, place: torch.device) -> None:
     """Pass real images through the nets, except where an earlier evaluation has kept what they gave."""
     may_keep = world == 1 and real.is_exact
     todo = []
@@ -132,7 +131,7 @@ def _feed_real(
             known.save(metric.real.state(), **_key(metric, real, place))
 
 
-def _key(metric: Any, real: sources.Images, place: torch.device) -> dict[str, Any]:
+def _key(metric: Any, real: Images, place: torch.device) -> dict[str, Any]:
     return {
         "images_sha": real.sha,
         "net_sha": metric.net.sha256,

@@ -12,6 +12,7 @@ from genkit.errors import UsageError
 from genkit.evaluation.subjects import suitable_net
 from genkit.metrics import features as nets
 from genkit.metrics import references, sources
+from genkit.metrics.image_set import Images
 from genkit.metrics.rows import FeatureRows
 from genkit.metrics.statistics import FeatureSums
 from genkit.processes import own_device, rank_and_world, sum_over_processes
@@ -107,7 +108,7 @@ def stats(
     return found
 
 
-def _open(path: str) -> sources.Images:
+def _open(path: str) -> Images:
     """A run's training data, or what `sources.find` finds."""
     if (Path(path) / "config.resolved.yaml").is_file():
         from genkit.checkpoint import find_run

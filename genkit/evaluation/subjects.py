@@ -16,6 +16,9 @@ from genkit.data.sizes import named_size, parse_size, show_size
 from genkit.errors import GenkitError, UsageError
 from genkit.metrics import emoji_net, fashion_net, sources
 from genkit.metrics.features import locate
+from genkit.metrics.image_arrays import from_npz
+from genkit.metrics.image_files import from_folder, from_zip
+from genkit.metrics.image_set import Images
 from genkit.metrics.protocols import Labels
 from genkit.rng import Rng, sample_seeds
 from genkit.weights import module_sha256
@@ -87,11 +90,11 @@ def open_subject(target: Any, sampling: Sampling, *, ema: bool, device: torch.de
         return _of_pipeline(target, sampling, weights)
     path = Path(target)
     if path.suffix.lower() == ".npz":
-        return _of_images(sources.from_npz(path), weights, path)
+        return _of_images(from_npz(path), weights, path)
     if not path.exists():
         raise UsageError(f"{path} does not exist; give a run, a folder or zip of images, an npz, or meshes")
     if path.suffix.lower() == ".zip":
-        return _of_images(sources.from_zip(path, fashion_net.FashionCNN.class_names), weights, path)
+        return _of_images(from_zip(path, fashion_net.FashionCNN.class_names), weights, path)
     if not path.is_dir():
         raise UsageError(
             f"{path} is not something that can be evaluated; give a run, a folder or zip of images, an npz, or meshes (obj, ply, stl, off, glb)"
@@ -108,7 +111,7 @@ def open_subject(target: Any, sampling: Sampling, *, ema: bool, device: torch.de
             suffix = ("" if ema else "-raw") + (sampling.suffix if subject.kind == "generator" else "")
             subject.record = checkpoint.parent.parent / "eval" / f"{checkpoint.name}{suffix}.json"
         return subject
-    return _of_images(sources.from_folder(path, fashion_net.FashionCNN.class_names), weights, path)
+    return _of_images(from_folder(path, fashion_net.FashionCNN.class_names), weights, path)
 
 
 def suitable_net(shape: tuple[int, ...], weights: str | None, data: str | None = None) -> str:
@@ -253,7 +256,7 @@ def _of_tokenizer(pipe: Any, config: dict[str, Any], weights: str | None) -> Sub
     )
 
 
-def _of_images(images: sources.Images, weights: str | None, path: Path) -> Subject:
+def _of_images(images: Images, weights: str | None, path: Path) -> Subject:
     def batch(first: int, last: int) -> dict[str, Any]:
         x, label = images.read(first, last)
         return {"fake": x} | ({"label": label} if images.has_labels else {})

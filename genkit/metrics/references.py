@@ -19,7 +19,8 @@ from torch import Tensor
 from genkit.errors import GenkitError, UsageError
 from genkit.images import to_uint8
 from genkit.metrics.arrays import Npz
-from genkit.metrics.sources import Images, from_npz
+from genkit.metrics.image_arrays import from_npz
+from genkit.metrics.image_set import Images
 from genkit.metrics.statistics import Moments
 from genkit.weights import file_sha256
 
