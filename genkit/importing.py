@@ -2,7 +2,7 @@
 
 An importer is a file of genkit/importers with a function convert(state, config) -> tokenizer or backbone; its name, with dashes, is the word after
 --from, its first line says whose weights it reads. Its table IGNORED (pattern of a key -> reason) says what it leaves aside. Beside a backbone's
-there is sampling(backbone) -> {"objective": ..., "sampler": ...}, how its authors draw from it. Where the original itself can be asked,
+there is sampling(backbone, config) -> {"objective": ..., "sampler": ...}, how its authors draw from it, with what the config says of that. Where the original itself can be asked,
 compare(state, config, module) -> figures for --check; SIZE: pixels per side of its images. Files are read by genkit.foreign.
 """
 
@@ -80,7 +80,9 @@ def import_weights(
     family, kind = type(module).__module__.split(".")[-2:]
     imported = {"from": source, "file": Path(file).name}
     if family == "backbones":
-        pipeline, kind_given = generator_of(module, importer.sampling(module), kind, tokenizer, target.name, data, size)
+        pipeline, kind_given = generator_of(
+            module, importer.sampling(module, options), kind, tokenizer, target.name, data, size
+        )
         pipeline.run_config["imported"] = imported
         checked = try_generator(pipeline) if check else None
         found: dict[str, Any] = {"out": str(target), "from": source, "backbone": kind, "options": kind_given}

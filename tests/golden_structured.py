@@ -84,6 +84,7 @@ def run_dqvae(case: Any) -> Outputs:
         "grain_indices": grains,
         "codebook_mask": mask_weights(grains, tokenizer.num_grains)[:, None],
         "h_dual": merged,
+        "h_triple": merged,  # as three grains are called
         "pre_quant": tokenizer.enter(merged),
         "quant": encoded.z,
         "indices": encoded.ids[:, 0],

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from genkit import registry
 from genkit.errors import GenkitError, UsageError
+from genkit.importers import dqvae
+from genkit.nn.grain_networks import FeatureRouter
 from genkit.nn.layout import dense_layout
+from genkit.tokenizers.nfig import NFIG
 from tests.golden import load, runners
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -74,6 +78,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("taming_vqgan", {"ddconfig": {"resamp_with_conv": False}}, "resamp_with_conv=False"),
     ("taming_vqgan", {"ddconfig": {"give_pre_end": True}}, "give_pre_end=True"),
     ("taming_vqgan", {"ddconfig": {"in_channels": 4, "out_ch": 3}}, "in_channels=4 beside out_ch=3"),
+    ("taming_vqgan", {"ddconfig": None, "model": {"params": {"ddconfig": {"double_z": True}}}}, "double_z=True"),
+    ("dqvae", {"decoderconfig": {"params": {"give_pre_end": True}}}, "give_pre_end=True"),
+    ("dqvae", {"encoderconfig": {"params": {"resamp_with_conv": False}}}, "resamp_with_conv=False"),
     ("diffusers_dit", {"activation_fn": "geglu"}, "activation_fn=geglu"),
     ("diffusers_dit", {"norm_elementwise_affine": True}, "norm_elementwise_affine=True"),
     ("dimsum", {"block_type": "raw"}, "block_type=raw"),
@@ -88,3 +95,101 @@ def test_what_is_refused_is_named(importer: str, options: dict[str, Any], told: 
     case = load(GOLDEN / f"{'dit_diffusers' if importer == 'diffusers_dit' else importer}.safetensors")
     with pytest.raises(UsageError, match=told):
         import_module(f"genkit.importers.{importer}").convert(case.weights, case.config | options)
+
+
+def test_perceptrons_of_llamagen_may_be_narrow() -> None:
+    """ffn_dim_multiplier below 1: what is left out is as good as zeros."""
+    case = load(GOLDEN / "llamagen_gpt.safetensors")
+    narrow, zeroed = dict(case.weights), dict(case.weights)
+    for key, value in case.weights.items():
+        if key.endswith(("w1.weight", "w3.weight")):
+            narrow[key] = value[:96]
+            zeroed[key] = torch.cat([value[:96], torch.zeros_like(value[96:])])
+        elif key.endswith("w2.weight"):
+            narrow[key] = value[:, :96]
+    with torch.no_grad():
+        got, expected = (runners()["llamagen_gpt"](replace(case, weights=w))["logits"] for w in (narrow, zeroed))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_activation_of_the_router_is_read() -> None:
+    torch.manual_seed(0)
+    channels, grains = 8, 3
+    features = [torch.randn(1, channels, 4 * 2**g, 4 * 2**g) for g in range(grains)]
+    router = FeatureRouter(channels=channels, num_grains=grains, norm_groups=0, hidden=24, activation="relu")
+    first, last = router.gate[0], router.gate[-1]
+    pooled = torch.cat([torch.nn.functional.adaptive_avg_pool2d(h, 4) for h in features], 1).movedim(1, -1)
+    expected = last(first(pooled).clamp_min(0)).movedim(-1, 1)  # type: ignore[operator]
+    torch.testing.assert_close(router(torch.empty(0), features), expected)
+
+    case = load(GOLDEN / "dqvae.safetensors")
+    router_keys = FeatureRouter(channels=16, num_grains=2, norm_groups=4, hidden=32).state_dict()
+    weights = {key: value for key, value in case.weights.items() if not key.startswith("encoder.router")}
+    for i, word in enumerate(("coarse", "fine")):
+        for kind in ("weight", "bias"):
+            weights[f"encoder.router.feature_norm_{word}.{kind}"] = router_keys[f"norms.{i}.{kind}"]
+    weights |= {f"encoder.router.{key}": value for key, value in router_keys.items() if key.startswith("gate.")}
+    for gate, activation in (("2layer-fc-ReLu", "relu"), ("2layer-fc-SiLu", "silu")):
+        config = case.config | {"normalization_type": "group-4", "gate_type": gate}
+        assert dqvae.convert(weights, config).config["router_activation"] == activation
+
+
+def test_scales_of_var_may_come_twice() -> None:
+    case = load(GOLDEN / "var_vqvae.safetensors")
+    sizes = [1, 2, 3, 3, 6]
+    tokenizer = import_module("genkit.importers.var_vqvae").convert(case.weights, case.config | {"v_patch_nums": sizes})
+    with torch.no_grad():
+        encoded = tokenizer.encode(case.inputs["image"])
+        torch.testing.assert_close(tokenizer.codes(encoded.ids), encoded.z)
+    assert encoded.ids.shape[-1] == sum(side**2 for side in sizes)
+    with pytest.raises(UsageError, match="must rise, from"):
+        NFIG(image_channels=3, patch_sizes=(1, 2, 2, 4))
+    with pytest.raises(UsageError, match="must rise, or stay"):
+        import_module("genkit.importers.var_vqvae").convert(
+            case.weights, case.config | {"v_patch_nums": [1, 3, 2, 4, 6]}
+        )
+
+
+def drawn(importer: str, golden: str, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a config says of drawing, as the importer reads it; checked as a recipe is."""
+    case = load(GOLDEN / f"{golden}.safetensors")
+    part = import_module(f"genkit.importers.{importer}")
+    config = case.config | options
+    found = part.sampling(part.convert(case.weights, config), config)
+    sampler = {key: value for key, value in found["sampler"].items() if not key.startswith("guidance")}
+    registry.check("sampler", sampler, "sampler")
+    registry.check("objective", found["objective"], "objective")
+    return found
+
+
+def test_how_a_config_draws_is_read() -> None:
+    generator = {"randomize_temperature": 2.0, "guidance_scale": 1.5, "guidance_decay": "constant", "num_steps": 4}
+    sampler = drawn("uvit_bert", "maskgit_uvitbert", {"model": {"generator": generator}})["sampler"]
+    assert (sampler["temperature"], sampler["num_steps"]) == (2.0, 4)
+    assert (sampler["guidance"], sampler["guidance_schedule"], sampler["guidance_power"]) == (2.5, "constant", 1.0)
+    assert sampler["softmax_temperature"] == pytest.approx(2.0 * 3 / 4)
+    cosine = {"guidance_decay": "power-cosine", "guidance_scale": 6.9, "guidance_scale_pow": 2.0}
+    sampler = drawn("image_bert", "maskgit_imagebert", cosine)["sampler"]
+    assert (sampler["guidance"], sampler["guidance_schedule"], sampler["guidance_power"]) == (6.9, "cosine", 2.0)
+    with pytest.raises(UsageError, match="guidance_decay=sudden"):
+        drawn("image_bert", "maskgit_imagebert", {"guidance_decay": "sudden"})
+
+    training = {"diffusion_batch_mul": 2, "label_drop_prob": 0.3, "mask_ratio_min": 0.5}
+    found = drawn("mar", "mar", {"num_sampling_steps": "25", **training})
+    assert found["sampler"]["head_steps"] == 25
+    assert found["objective"] == {"type": "mar", "repeats": 2, "cond_drop": 0.3, "min_masked": 0.5}
+    with pytest.raises(UsageError, match="num_sampling_steps=ddim50"):
+        drawn("mar", "mar", {"num_sampling_steps": "ddim50"})
+
+    model = {"num_iters": [9, 8, 7, 6], "start_temperature": [1.0, 0.9, 0.8, 0.7], "remask_stage": 0.5}
+    sampler = drawn("octgpt", "octgpt", {"MODEL": {"OctGPT": model}})["sampler"]
+    assert (sampler["num_steps"], sampler["temperature"], sampler["remask_from"]) == ([7, 6], [0.8, 0.7], 0.5)
+    sampler = drawn("octgpt", "octgpt", {"num_iters": 5, "start_temperature": 1.5})["sampler"]
+    assert (sampler["num_steps"], sampler["temperature"]) == (5, 1.5)
+
+
+def test_dropout_for_fine_tuning_is_read() -> None:
+    for importer, golden, name in (("image_bert", "maskgit_imagebert", "dropout"), ("mar", "mar", "proj_dropout")):
+        case = load(GOLDEN / f"{golden}.safetensors")
+        convert = import_module(f"genkit.importers.{importer}").convert
+        assert convert(case.weights, case.config | {name: 0.3}).config["dropout"] == 0.3

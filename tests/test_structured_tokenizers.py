@@ -133,7 +133,7 @@ def test_mistakes_are_told_in_one_line(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
-        (VarVq, {"patch_sizes": (1, 3, 3)}, "must rise"),
+        (VarVq, {"patch_sizes": (1, 3, 2)}, "must rise"),
         (VarVq, {"patch_sizes": ()}, "must rise"),
         (VarVq, {"stride": 4, "widths": (32, 32)}, "halve the image 1 times"),
         (VarVq, {"stride": 2, "widths": (32, 33)}, "multiples"),

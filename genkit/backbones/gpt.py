@@ -124,6 +124,7 @@ class GPT(ModelMixin, ConfigMixin):
         dim, depth: of the paper's sizes, B 768 and 12, L 1024 and 24, XL 1280 and 36, with 12, 16 and 20 heads.
         mixer: a causal part, or a list of parts repeated through the depth.
         multiple_of: hidden channels of the perceptrons are 8/3 dim rounded up to a multiple of this.
+        hidden: so many instead; null = as multiple_of says.
         class_rope: rotary place of the condition's token. "zero" has no place, as in the released code: it is attended to with logit 0. "identity":
             it is at 0, as the first id is.
         context_dim, text_length: what every block attends to besides, see genkit.nn.told; the section `condition` of a recipe sets them.
@@ -151,6 +152,7 @@ class GPT(ModelMixin, ConfigMixin):
         depth: int = 6,
         mixer: MixerSpec = ATTENTION,
         multiple_of: int = 256,
+        hidden: int | None = None,
         class_rope: Literal["zero", "identity"] = "zero",
         context_dim: int | None = None,
         text_length: int | None = None,
@@ -161,8 +163,10 @@ class GPT(ModelMixin, ConfigMixin):
         drop_path: float = 0.0,
     ):
         super().__init__()
-        if depth < 1 or multiple_of < 1:
-            raise UsageError(f"backbone.depth={depth} and backbone.multiple_of={multiple_of} must be at least 1")
+        if depth < 1 or multiple_of < 1 or (hidden is not None and hidden < 1):
+            raise UsageError(
+                f"backbone.depth={depth}, backbone.multiple_of={multiple_of} and backbone.hidden={hidden} must be at least 1"
+            )
         if num_levels != 1:
             raise UsageError(
                 f"backbone.type=gpt draws one id per place, the tokenizer makes {num_levels}; use backbone.type=rq"
@@ -177,7 +181,7 @@ class GPT(ModelMixin, ConfigMixin):
             Block(
                 dim=dim,
                 mixer=causal(make_mixer(dim=dim, layer=i), i),
-                hidden=hidden_of(dim, multiple_of),
+                hidden=hidden or hidden_of(dim, multiple_of),
                 norm_eps=norm_eps,
                 dropout=dropout,
                 drop_path=drop_path * i / max(1, depth - 1),

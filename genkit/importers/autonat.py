@@ -78,7 +78,7 @@ def laid_out(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def sampling(network: Any) -> dict[str, Any]:
+def sampling(network: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """ReCAP's setting of 32 steps without reuse, with the guidance it is released with: l + w (l - null), w = 0.05 growing to 0.1."""
     return {
         "objective": {"type": "masked", "schedule": "cosine", "cond_drop": 0.15},

@@ -145,7 +145,7 @@ def export(network: Any, guided_null: int = 1000) -> Any:
     return theirs.eval()
 
 
-def sampling(network: DiT) -> dict[str, Any]:
+def sampling(network: DiT, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """As DiT, but for guidance, which is on all channels there."""
     found = dit.sampling(network)
     return {**found, "sampler": {**found["sampler"], "guidance_channels": None}}

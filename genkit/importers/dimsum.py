@@ -68,7 +68,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     return network.eval()
 
 
-def sampling(network: DiMSUM) -> dict[str, Any]:
+def sampling(network: DiMSUM, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The velocity towards data on the path of constant variance, by 249 calls of the model, all channels guided."""
     return {
         "objective": {"type": "flow", "path": "trigonometric", "towards": "data"},

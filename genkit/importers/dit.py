@@ -57,7 +57,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     return network.eval()
 
 
-def sampling(network: Any) -> dict[str, Any]:
+def sampling(network: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """How the paper draws images: DDPM in 250 steps, with variances where there are some, three channels guided."""
     variance = "learned" if network.config["learn_sigma"] else "small"
     return {

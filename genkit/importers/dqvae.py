@@ -29,12 +29,15 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 
     Args:
         config: of the original's options, flat or nested as in its files, those that weights do not tell: `threshold` of the entropy router, in nats
-            (default the shipped one for `fine_grain_ratito`, 0.5); `normalization_type` of the feature router ("group-32"); `latent_size`, the
-            side of the fine grid, where the weights hold no table of positions (32).
+            (default the shipped one for `fine_grain_ratito`, 0.5); `normalization_type` ("group-32") and `gate_type` ("2layer-fc-SiLu") of the feature
+            router; `latent_size`, the side of the fine grid, where the weights hold no table of positions (32).
 
     Raises: GenkitError for weights that do not fit, naming the keys; UsageError for an option that is not supported.
     """
     options = flat(config or {})
+    for name, value in (("resamp_with_conv", True), ("give_pre_end", False)):
+        if options.get(name, value) != value:
+            raise UsageError(f"{name}={options[name]} of {WHAT} is not supported, only {value}")
     num_grains = 3 if has(state, "encoder.mid_median.") else 2
     names = _GRAINS[num_grains]
     levels = max(1, count(state, "encoder.down.{}.block."))
@@ -98,12 +101,11 @@ def _router(state: Mapping[str, Tensor], options: Mapping[str, Any], num_grains:
         raise UsageError(
             f"normalization_type={kind}, but the weights of the router {'have' if is_normed else 'lack'} a norm"
         )
-    if options.get("gate_type") == "2layer-fc-ReLu":
-        raise UsageError("gate_type=2layer-fc-ReLu: only routers with SiLU can be imported")
     return {
         "router": "feature",
         "router_groups": groups,
         "router_is_deep": "encoder.router.gate.0.weight" in state,
+        "router_activation": "relu" if options.get("gate_type") == "2layer-fc-ReLu" else "silu",
         "targets": [1 / num_grains] * (num_grains - 1),
     }
 

@@ -96,7 +96,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     return network.eval()
 
 
-def sampling(network: FiT) -> dict[str, Any]:
+def sampling(network: FiT, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """FiT as DiT, FiTv2 as SiT, with times drawn around the middle of the path."""
     if network.config["learn_sigma"]:
         return dit.sampling(network)

@@ -25,8 +25,8 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     """State dict -> backbone in evaluation mode. Sizes are read from the weights.
 
     Args:
-        config: of the original's options, flat or nested as in its files, `num_attention_heads` (by default that of the published size of this width) and
-            `image_grid`, tokens per axis where they are not a row as TiTok's.
+        config: of the original's options, flat or nested as in its files, `num_attention_heads` (by default that of the published size of this width),
+            `dropout` (0.1) for fine-tuning, and `image_grid`, tokens per axis where they are not a row as TiTok's.
 
     Raises: GenkitError for weights that do not fit, naming the keys; UsageError where the number of heads has to be told.
     """
@@ -43,6 +43,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
         num_heads=num_heads(dim, options, HEADS),
         mlp_ratio=shape(state, "model.encoder.layer.0.intermediate.dense.weight", WHAT)[0] / dim,
         head="linear",
+        dropout=float(options.get("dropout", 0.1)),
     )
     types = "model.embeddings.token_type_embeddings.weight"
     shape(state, types, WHAT)
@@ -59,14 +60,27 @@ RELEASED: dict[int, tuple[float, float, str, int]] = {
 }
 
 
-def sampling(network: Any) -> dict[str, Any]:
+def sampling(network: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """How TiTok draws: ids from softmax(logits / u), the most confident by their logits with Gumbel noise of strength u, u falling from nearly `noise` to
-    0; guidance that grows step by step. With the numbers of the released generator for so many tokens, of other lengths those of 32.
+    0; guidance that grows step by step.
 
     Its scale s is l + s (l - null), here 1 + s; with "power-cosine" it is null + s (l - null), as here.
+
+    Args:
+        config: of the original's options, `randomize_temperature`, `guidance_scale`, `guidance_decay` (constant, linear, power-cosine), `guidance_scale_pow`
+            and `num_steps`; by default those of the released generator for so many tokens, of other lengths those of 32.
+
+    Raises: UsageError for another schedule of guidance.
     """
-    noise, scale, schedule, num_steps = RELEASED.get(math.prod(network.config["grid"]), RELEASED[32])
-    num_steps = min(num_steps, math.prod(network.config["grid"]))
+    options, num_tokens = flat(config or {}), math.prod(network.config["grid"])
+    noise, scale, schedule, num_steps = RELEASED.get(num_tokens, RELEASED[32])
+    noise, scale = (
+        float(options.get(name, usual)) for name, usual in (("randomize_temperature", noise), ("guidance_scale", scale))
+    )
+    schedule = options.get("guidance_decay", schedule)
+    if schedule not in ("constant", "linear", "power-cosine"):
+        raise UsageError(f"guidance_decay={schedule} of {WHAT} is not known, only constant, linear and power-cosine")
+    num_steps = int(options.get("num_steps", min(num_steps, num_tokens)))
     cosine = schedule == "power-cosine"
     return {
         "objective": {"type": "masked", "schedule": "arccos"},
@@ -79,8 +93,8 @@ def sampling(network: Any) -> dict[str, Any]:
             "softmax_temperature": noise * (1 - 1 / num_steps),
             "softmax_end": 0.0,
             "guidance": scale if cosine else 1 + scale,
-            "guidance_schedule": "cosine" if cosine else "linear",
-            "guidance_power": 3.0 if cosine else 1.0,
+            "guidance_schedule": "cosine" if cosine else schedule,
+            "guidance_power": float(options.get("guidance_scale_pow", 3.0)) if cosine else 1.0,
             "guidance_over": "steps",
         },
     }

@@ -9,17 +9,27 @@ from typing import Any
 from torch import Tensor
 
 from genkit.backbones.gpt import GPT, hidden_of
-from genkit.errors import GenkitError, UsageError
+from genkit.errors import UsageError
 from genkit.importers.dit import has_null_class, num_classes
 from genkit.importers.names import Rules, count, fill, has, shape
 
 WHAT = "a LlamaGen GPT"
+MULTIPLE_OF = 256  # of the published networks' perceptrons; others have a width of their own
 IGNORED = {
     r"layers\.\d+\.attention\.kv_cache\.\w+": "keys and values of an earlier sampling",
     r"freqs_cis": "rotations, which are computed from positions",
     r"causal_mask": "a mask, which is computed",
 }
-HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32, 4096: 32}  # width -> attention heads of the published sizes
+HEADS = {
+    768: 12,
+    1024: 16,
+    1280: 20,
+    1536: 24,
+    2048: 32,
+    2560: 40,
+    3200: 32,
+    4096: 32,
+}  # width -> attention heads of the published sizes
 
 
 def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> GPT:
@@ -72,7 +82,8 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
             "bias": False,
             "is_causal": True,
         },
-        multiple_of=_multiple_of(dim, hidden),
+        hidden=None if hidden_of(dim, MULTIPLE_OF) == hidden else hidden,
+        multiple_of=MULTIPLE_OF,
         norm_eps=float(options.get("norm_eps", 1e-5)),
         token_dropout=float(options.get("token_dropout_p", 0.1)),
         dropout=float(options.get("resid_dropout_p", 0.1)),
@@ -82,7 +93,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     return network.eval()
 
 
-def sampling(network: Any) -> dict[str, Any]:
+def sampling(network: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """How the paper draws images for its figures of FID: everything may be drawn, guided by 2 (1.65 to 2 are best)."""
     return {
         "objective": {"type": "next_token"},
@@ -99,16 +110,6 @@ def _num_heads(dim: int, options: Mapping[str, Any]) -> int:
     if dim not in HEADS:
         raise UsageError(f"no published network has a width of {dim}; give a --config with n_head")
     return HEADS[dim]
-
-
-def _multiple_of(dim: int, hidden: int) -> int:
-    """A number of which the width of the perceptrons is the next multiple: the published 256, or the width itself."""
-    found = next((m for m in (256, hidden) if hidden_of(dim, m) == hidden), None)
-    if found is None:
-        raise GenkitError(
-            f"these weights are not those of {WHAT}: perceptrons of {hidden} channels at a width of {dim}"
-        )
-    return found
 
 
 def _halved(state: Mapping[str, Tensor], num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Tensor]:

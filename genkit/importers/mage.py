@@ -74,7 +74,7 @@ def laid_out(state: Mapping[str, Tensor], codebook_size: int) -> dict[str, Tenso
     }
 
 
-def sampling(network: Any) -> dict[str, Any]:
+def sampling(network: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """20 steps, as the paper's images are drawn."""
     return {
         "objective": {

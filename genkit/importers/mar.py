@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genkit.backbones.mar import MAR
-from genkit.errors import GenkitError
+from genkit.errors import GenkitError, UsageError
 from genkit.importers.dit import square_side
 from genkit.importers.image_bert import num_heads
 from genkit.importers.names import Rules, count, fill, flat, shape
@@ -23,7 +23,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 
     Args:
         config: of the original's options, `encoder_num_heads`, `decoder_num_heads` (by default those of the published size of this width) and
-            `patch_size` (default 1); `norm_eps` of the norm layers it was given (1e-6).
+            `patch_size` (default 1); `norm_eps` of the norm layers it was given (1e-6); `proj_dropout` (0.1) for fine-tuning.
 
     Raises: GenkitError for weights that do not fit, naming the keys; UsageError where the number of heads has to be told.
     """
@@ -53,6 +53,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
         head_width=head_width,
         head_depth=count(state, "diffloss.net.res_blocks.{}."),
         norm_eps=float(options.get("norm_eps", 1e-6)),
+        dropout=float(options.get("proj_dropout", 0.1)),
     )
     own = {key: value for key, value in state.items() if key not in ("class_emb.weight", "fake_latent")}
     shape(state, "fake_latent", WHAT)
@@ -61,15 +62,32 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     return network.eval()
 
 
-def sampling(network: Any) -> dict[str, Any]:
-    """64 steps of tokens, 100 of each token, guidance growing with what is known: how the paper's fast setting draws."""
+def sampling(network: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """64 steps of tokens, 100 of each token, guidance growing with what is known: how the paper's fast setting draws.
+
+    Args:
+        config: of the original's options, `num_sampling_steps` of each token, and of training `diffusion_batch_mul`, `label_drop_prob`, `mask_ratio_min`.
+
+    Raises: UsageError for steps that are no number: "ddim50" and lists space them otherwise than samplers here do.
+    """
+    options = flat(config or {})
+    steps = str(options.get("num_sampling_steps", 100))
+    if not steps.isdecimal():
+        raise UsageError(
+            f"num_sampling_steps={steps} of {WHAT} is not supported, only a number; steps are spaced evenly"
+        )
     strength = {768: 2.9, 1024: 3.0, 1280: 3.2}.get(network.config["dim"], 3.0)
     return {
-        "objective": {"type": "mar"},
+        "objective": {
+            "type": "mar",
+            "repeats": int(options.get("diffusion_batch_mul", 4)),
+            "cond_drop": float(options.get("label_drop_prob", 0.1)),
+            "min_masked": float(options.get("mask_ratio_min", 0.7)),
+        },
         "sampler": {
             "type": "mar",
             "num_steps": min(64, network.num_tokens),
-            "head_steps": 100,
+            "head_steps": int(steps),
             "guidance": strength,
             "guidance_schedule": "linear",
         },

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from genkit.backbones.octgpt import OctGPT
 from genkit.errors import UsageError
-from genkit.importers.names import Rules, count, fill, has, shape
+from genkit.importers.names import Rules, count, fill, flat, has, shape
 
 WHAT = "an OctGPT"
 IGNORED: dict[str, str] = {r"vqvae\..*": "the tokenizer's, which is imported by itself"}
@@ -48,13 +48,13 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     """State dict -> backbone in evaluation mode. Sizes are read from the weights.
 
     Args:
-        config: of the original's options, by their names: patch_size, dilation and num_heads (by default those of the published model of this width, 8
+        config: of the original's options, by their names, flat or nested as in its files: patch_size, dilation and num_heads (by default those of the published model of this width, 8
             heads), buffer_size (64), use_swin (true), depth_low (3), depth_high or depth_stop, the depth of the codes (6), drop_rate (0.1), condition_type ("none" leaves classes there are unread). Windows run on
             through a batch, as theirs do, where is_aligned is false; by default they begin anew with every sample, which is the same for one shape.
 
     Raises: GenkitError for weights that do not fit, naming the keys; UsageError where the size of the windows has to be told.
     """
-    options = dict(config or {})
+    options = flat(config or {})
     dim, bits = shape(state, "vq_proj.weight", WHAT)
     rows = shape(state, "class_emb.weight", WHAT)[0]
     block = "encoder.layers.blocks.0."
@@ -96,15 +96,27 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     return network.eval()
 
 
-def sampling(network: OctGPT) -> dict[str, Any]:
-    """How its authors draw: steps and temperatures per depth, no guidance."""
+def sampling(network: OctGPT, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """How its authors draw: steps and temperatures per depth, no guidance.
+
+    Args:
+        config: of the original's options, `num_iters` and `start_temperature` (one number, or one per depth) and `remask_stage`; by default those of its
+            files, the last of them where there are fewer depths.
+    """
+    options = flat(config or {})
     depths = network.code_depth - network.full_depth + 1
+
+    def of_depths(name: str, usual: Sequence[float]) -> Any:
+        found = options.get(name, list(usual))
+        return found[-depths:] if isinstance(found, list) else found
+
     return {
         "objective": {"type": "octree_masked"},
         "sampler": {
             "type": "octree_masked",
-            "num_steps": list(STEPS[-depths:]),
-            "temperature": list(TEMPERATURES[-depths:]),
+            "num_steps": of_depths("num_iters", STEPS),
+            "temperature": of_depths("start_temperature", TEMPERATURES),
+            "remask_from": float(options.get("remask_stage", 0.7)),
             "guidance": 1.0,
         },
     }

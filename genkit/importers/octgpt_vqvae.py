@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from genkit.errors import GenkitError
-from genkit.importers.names import Rules, count, fill, has, shape
+from genkit.importers.names import Rules, count, fill, flat, has, shape
 from genkit.tokenizers.octree_vq import OctreeVQ
 
 WHAT = "an octree VQ-VAE with binary codes"
@@ -53,11 +53,11 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     """State dict -> tokenizer in evaluation mode. Sizes are read from the weights.
 
     Args:
-        config: of the original's options, depth (8), full_depth (3) and feature (read from the number of channels where it is one of ND, N, NDL, NL).
+        config: of the original's options, flat or nested as in its files, depth (8), full_depth (3) and feature (read from the number of channels where it is one of ND, N, NDL, NL).
 
     Raises: GenkitError for weights that do not fit, naming the keys, and for other quantisers.
     """
-    options = dict(config or {})
+    options = flat(config or {})
     if has(state, "quantizer.embedding") or has(state, "quantizer.quantizers"):
         raise GenkitError("this octree VQ-VAE has a codebook of vectors; only the binary quantiser is known")
     channels = shape(state, "encoder.conv1.conv.weights", WHAT)[1]

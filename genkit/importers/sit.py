@@ -18,7 +18,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     return dit.convert(state, config)
 
 
-def sampling(network: Any) -> dict[str, Any]:
+def sampling(network: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The velocity towards data, by 249 calls of the model (the paper's ODE solver is given 250 points), three channels guided."""
     return {
         "objective": {"type": "flow", "towards": "data"},

@@ -24,11 +24,11 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     """State dict -> tokenizer in evaluation mode. Every size is read from the weights; the config is not needed.
 
     Args:
-        config: of the original's options, its `ddconfig` is looked at for what cannot be imported.
+        config: of the original's options, flat or nested as in its files, its `ddconfig` is looked at for what cannot be imported.
 
     Raises: GenkitError for weights that do not fit, naming the keys; UsageError for an option that is not supported.
     """
-    _check((config or {}).get("ddconfig", {}))
+    _check(_ddconfig(config or {}))
     if has(state, "quantize.embed.") and has(state, "quantize.proj."):
         raise GenkitError(
             "these are weights of a VQGAN with Gumbel quantisation, whose ids are no nearest codes; it cannot be imported"
@@ -45,6 +45,14 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     fill(tokenizer, state, taming.rules(words, len(found["widths"])), IGNORED, WHAT)
     taming.set_codes(tokenizer)
     return tokenizer.eval()
+
+
+def _ddconfig(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of both networks, wherever they stand: in model.params of the original's files."""
+    if isinstance(config.get("ddconfig"), Mapping):
+        return config["ddconfig"]
+    sections = (value for value in config.values() if isinstance(value, Mapping))
+    return next((found for section in sections if (found := _ddconfig(section))), {})
 
 
 def _check(options: Mapping[str, Any]) -> None:

@@ -43,9 +43,9 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     return network.eval()
 
 
-def sampling(network: Any) -> dict[str, Any]:
+def sampling(network: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """As ImageBert."""
-    return image_bert.sampling(network)
+    return image_bert.sampling(network, config)
 
 
 def even_depth(state: Mapping[str, Tensor], what: str) -> int:

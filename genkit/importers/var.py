@@ -62,7 +62,7 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     return network.eval()
 
 
-def sampling(network: Any) -> dict[str, Any]:
+def sampling(network: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """As the paper for its figures of FID: guidance that grows from 1 to 2.5 (their 1.5 counts from 0), 900 most likely ids, 96 % of the probability."""
     return {
         "objective": {"type": "next_scale"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -134,9 +135,18 @@ class FeatureRouter(nn.Module):
         num_grains: G.
         norm_groups: of a group norm before the features are compared; 0 = none.
         hidden: width of a hidden layer; None = no hidden layer.
+        activation: behind it.
     """
 
-    def __init__(self, *, channels: int, num_grains: int, norm_groups: int, hidden: int | None):
+    def __init__(
+        self,
+        *,
+        channels: int,
+        num_grains: int,
+        norm_groups: int,
+        hidden: int | None,
+        activation: Literal["silu", "relu"] = "silu",
+    ):
         super().__init__()
         self.norms = nn.ModuleList(
             nn.GroupNorm(norm_groups, channels, eps=1e-6) if norm_groups else nn.Identity() for _ in range(num_grains)
@@ -144,7 +154,7 @@ class FeatureRouter(nn.Module):
         width = channels * num_grains
         layers: list[nn.Module] = [nn.Linear(hidden or width, num_grains)]
         if hidden:
-            layers = [nn.Linear(width, hidden), nn.SiLU(), *layers]
+            layers = [nn.Linear(width, hidden), nn.SiLU() if activation == "silu" else nn.ReLU(), *layers]
         self.gate = nn.Sequential(*layers)
 
     def forward(self, x: Tensor, features: list[Tensor]) -> Tensor:

@@ -84,7 +84,7 @@ class ScaleQuantizer(nn.Module):
     Args:
         dim: C.
         codebook_size: S.
-        patch_sizes: p_k, the side of each scale's grid, rising. The last one is Y = X of the features.
+        patch_sizes: p_k, the side of each scale's grid, rising or the same again. The last one is Y = X of the features.
         num_phi: convolutions shared by all scales; each scale takes the one nearest to its place between the first and the last scale.
         phi_ratio: share of the convolution; 0 = no convolutions.
         cosine: nearest means of closest direction; codes keep their length.
@@ -114,12 +114,15 @@ class ScaleQuantizer(nn.Module):
             raise UsageError(
                 f"channels={dim} and codebook_size={codebook_size} must be at least 1, decay={decay} and restart={restart} in [0, 1)"
             )
+        least = 1 if by_frequency else 0  # a band needs a width; without bands a scale may come twice
         if (
             not self.patch_sizes
             or self.patch_sizes[0] < 1
-            or any(low >= high for low, high in pairwise(self.patch_sizes))
+            or any(high - low < least for low, high in pairwise(self.patch_sizes))
         ):
-            raise UsageError(f"patch_sizes={list(self.patch_sizes)} must rise, from at least 1 to the side of the grid")
+            raise UsageError(
+                f"patch_sizes={list(self.patch_sizes)} must rise{'' if by_frequency else ', or stay'}, from at least 1 to the side of the grid"
+            )
         if not 0 <= phi_ratio <= 1 or num_phi < 1:
             raise UsageError(f"phi_ratio={phi_ratio} must be in [0, 1] and num_phi={num_phi} at least 1")
         self.dim, self.phi_ratio = dim, phi_ratio

@@ -50,6 +50,7 @@ class DQVAE(GridTokenizer):
             (it adds its second term twice), and budget (...)^2 for the finest, (...)^2 for the middle one of three.
         router_groups: of the group norm before the feature router; 0 = none.
         router_is_deep: a hidden layer in the feature router.
+        router_activation: behind that layer.
         width: channels of the light networks on the coarsest grid.
         num_blocks: residual blocks on every grid.
         widths: instead of `width`, channels of every level of the paper's encoder, finest first, multiples of 32; the last G levels have ways out.
@@ -82,6 +83,7 @@ class DQVAE(GridTokenizer):
         budget: float = 10.0,
         router_groups: int = 8,
         router_is_deep: bool = True,
+        router_activation: Literal["silu", "relu"] = "silu",
         width: int = 128,
         num_blocks: int = 2,
         widths: tuple[int, ...] | None = None,
@@ -111,7 +113,9 @@ class DQVAE(GridTokenizer):
                 f"tokenizer.image_size={image_size} must be a multiple of {self.region}, the side of a region of {num_grains} grains at stride {stride}"
             )
         inner = feature_channels or channels
-        self.choose = self._make_router(router, thresholds, targets, inner, router_groups, router_is_deep)
+        self.choose = self._make_router(
+            router, thresholds, targets, inner, router_groups, router_is_deep, router_activation
+        )
         self.targets, self.budget = tuple(targets), budget
         if widths is None:
             light = {
@@ -169,6 +173,7 @@ class DQVAE(GridTokenizer):
         channels: int,
         groups: int,
         is_deep: bool,
+        activation: Literal["silu", "relu"],
     ) -> EntropyRouter | FeatureRouter:
         needed = self.num_grains - 1
         if kind == "entropy":
@@ -186,7 +191,9 @@ class DQVAE(GridTokenizer):
                 f"tokenizer.router_groups={groups} does not divide the {channels} channels of the features"
             )
         hidden = channels * self.num_grains if is_deep else None
-        return FeatureRouter(channels=channels, num_grains=self.num_grains, norm_groups=groups, hidden=hidden)
+        return FeatureRouter(
+            channels=channels, num_grains=self.num_grains, norm_groups=groups, hidden=hidden, activation=activation
+        )
 
     def encode(self, x: Tensor) -> Encoded:
         """x [B, image_channels, Y, X] in [-1, 1] -> z, ids on the fine grid, and losses [B] each.
