@@ -11,7 +11,7 @@ from genkit.importers import octformer, octgpt
 from genkit.kernels.octree_attention.windows import is_seen, to_windows
 from genkit.nn.octformer import relative
 from genkit.nn.octree_conv import OctreeConv
-from genkit.nn.octree_windows import Places, in_front
+from genkit.nn.octree_places import Places, in_front
 from genkit.octree import keys, values
 from genkit.octree.build import from_points, merge
 from genkit.octree.octree import Octree

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from genkit.errors import UsageError
 from genkit.interfaces import Cond
 from genkit.nn.norm import RMSNorm
-from genkit.nn.octree_windows import Kept, Light, OctreeStack, Places, in_front, places_of
+from genkit.nn.octree_places import Light, Places, in_front, places_of
+from genkit.nn.octree_windows import Kept, OctreeStack
 from genkit.nn.pictures import PictureEncoder
 from genkit.nn.text import TextEncoder
 from genkit.octree.octree import Octree

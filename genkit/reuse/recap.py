@@ -1,7 +1,7 @@
 """Light steps between full ones: only the tokens of a group are computed, all others stay as the last full step saw them.
 
 Liu et al., "Plug-and-Play Context Feature Reuse for Efficient Masked Generation" (ReCAP), NeurIPS 2025. What is kept and how a light step uses it:
-genkit/nn/context.py, of octrees nn/octree_windows.py; which tokens form a group: the samplers `masked`, `mar` and `octree_masked`. Nothing is approximated
+genkit/nn/context.py, of octrees nn/octree_places.py; which tokens form a group: the samplers `masked`, `mar` and `octree_masked`. Nothing is approximated
 between groups, as each begins with a full step.
 """
 
