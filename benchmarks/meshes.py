@@ -1,4 +1,4 @@
-"""Signed distances, marching cubes and pictures of meshes against open3d, scikit-image and trimesh.
+"""Distances, marching cubes, points and pictures of meshes against open3d, scikit-image and trimesh.
 
 `genkit bench meshes` times the pairs; peers that are not installed are named. `python benchmarks/meshes.py` prints how many meshes a minute one core prepares
 for training.
@@ -35,15 +35,28 @@ def cases(quick: bool) -> Iterable[Case]:
     places = around(sample_surface(mesh, count, Rng([0]))[0], count, Rng([1]))
     size = f"{len(mesh.faces):,} faces"
     scene: Any = _scene(mesh)
-    if isinstance(scene, str):
-        signed: Any = scene
-        cast: Any = scene
-    else:
+    points: Any = scene
+    signed: Any = scene
+    unsigned: Any = scene
+    cast: Any = scene
+    if not isinstance(scene, str):
         open3d, ray_scene = scene
+        theirs = open3d.geometry.TriangleMesh(
+            open3d.utility.Vector3dVector(mesh.vertices.double().numpy()),
+            open3d.utility.Vector3iVector(mesh.faces.numpy().astype(np.int32)),
+        )
+        theirs.compute_triangle_normals()
         asked = open3d.core.Tensor(places.numpy())
 
         def signed() -> Any:
             return ray_scene.compute_signed_distance(asked, nthreads=torch.get_num_threads())
+
+        def unsigned() -> Any:
+            # Ours builds its tree in the call, so theirs does too.
+            return _scene(mesh)[1].compute_distance(asked, nthreads=torch.get_num_threads())
+
+        def points() -> Any:
+            return theirs.sample_points_uniformly(STORED, use_triangle_normal=True)
 
         camera = orbit(35, 25, 2.5)
         rays = ray_scene.create_rays_pinhole(60.0, [0.0, 0.0, 0.0], camera.eye.tolist(), [0.0, 1.0, 0.0], 128, 128)
@@ -58,6 +71,16 @@ def cases(quick: bool) -> Iterable[Case]:
         lambda: signed_distance(mesh, places),
         signed,
     )
+    yield Case(
+        f"distance with its tree, {count:,} places, {size}",
+        _name("open3d"),
+        GOAL,
+        lambda: Hierarchy(mesh).closest(places),
+        unsigned,
+    )
+    drawn = f"{STORED:,} points with normals, {size}"
+    yield Case(drawn, _name("open3d"), GOAL, lambda: sample_surface(mesh, STORED, Rng([0])), points)
+    yield Case(drawn, _name("trimesh"), GOAL, lambda: sample_surface(mesh, STORED, Rng([0])), _trimesh(mesh))
     yield Case(
         f"what 128x128 pixels see, {size}",
         _name("open3d"),
@@ -96,6 +119,20 @@ def _skimage(values: Tensor) -> Callable[[], Any] | str:
     except ImportError:
         return "scikit-image is not installed"
     return lambda: theirs(values.numpy(), 0.0)
+
+
+def _trimesh(mesh: Mesh) -> Callable[[], Any] | str:
+    try:
+        import trimesh
+    except ImportError:
+        return "trimesh is not installed"
+    theirs = trimesh.Trimesh(mesh.vertices.numpy(), mesh.faces.numpy(), process=False)
+
+    def sample() -> Any:
+        points, faces = trimesh.sample.sample_surface(theirs, STORED)
+        return points, theirs.face_normals[faces]
+
+    return sample
 
 
 def main() -> None:
