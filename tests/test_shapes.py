@@ -14,7 +14,8 @@ from genkit.data.shapes import Shapes
 from genkit.errors import UsageError
 from genkit.meshes.marching_cubes import extract, marching_cubes
 from genkit.meshes.mesh import Mesh, inspect
-from genkit.meshes.solids import Box, Cone, Lathe, Prism, Solid, turned
+from genkit.meshes.solid_parts import Box, Cone, Lathe, Prism, turned
+from genkit.meshes.solids import Solid
 from genkit.rng import Rng
 
 PARTS = {

@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
-from genkit.meshes.solids import Cone, Lathe, Part, Polygon, Vector
+from genkit.meshes.solid_parts import Cone, Lathe, Part, Polygon, Vector
 
 
 class Dice:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from genkit.data.shape_classes.design import Design, Dice, bent_rod, corners, cylinder, hollow_dome, rod, spread
-from genkit.meshes.solids import Box, Lathe, Part, Polygon, Prism, Vector, turned
+from genkit.meshes.solid_parts import Box, Lathe, Part, Polygon, Prism, Vector, turned
 
 OVERLAP = 0.012
 

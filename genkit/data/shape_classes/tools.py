@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from genkit.data.shape_classes.design import Design, Dice, bent_rod, cylinder, rod
-from genkit.meshes.solids import Box, Lathe, Part, Polygon, Prism, Vector, turned
+from genkit.meshes.solid_parts import Box, Lathe, Part, Polygon, Prism, Vector, turned
 
 
 def tool(dice: Dice) -> Design:

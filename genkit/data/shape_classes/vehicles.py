@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from genkit.data.shape_classes.design import Design, Dice, product, rod
-from genkit.meshes.solids import Box, Lathe, Part, Polygon, Prism, turned
+from genkit.meshes.solid_parts import Box, Lathe, Part, Polygon, Prism, turned
 
 
 def airplane(dice: Dice) -> Design:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from genkit.data.shape_classes.design import Design, Dice, bent_rod, cylinder, rod, smooth
-from genkit.meshes.solids import Box, Lathe, Part, Vector
+from genkit.meshes.solid_parts import Box, Lathe, Part, Vector
 
 
 def mug(dice: Dice) -> Design:
