@@ -61,6 +61,23 @@ def test_every_path_equals_the_reference(path, M, window, dilation, shift):
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("M", "window", "dilation", "shift"), [(61, 12, 2, 3), (130, 70, 1, 35), (300, 100, 2, 0)])
+def test_fillers_see_nothing_and_samples_may_come_back(path, M, window, dilation, shift):
+    place = {"window": window, "dilation": dilation, "shift": shift}
+    rows = {
+        "a tail": torch.where(torch.arange(M) < 2 * M // 3, samples(M), -1),
+        "all": torch.full((M,), -1),
+        "anywhere": torch.where(levels(M) == 1, -1, samples(M)),
+        "by turns": torch.arange(M) % 3 - 1,
+    }
+    for ids in rows.values():
+        x = some(M, V=5) | {"bias": some_bias(M, 2, window, dilation, shift, True)}
+        assert_agrees(octree_attention, path, x, batch_ids=ids, depth=levels(M), **place)
+        found = octree_attention(**some(M), batch_ids=ids, path=path, **place)
+        assert (found == 0).flatten(1).all(1).tolist() == (ids < 0).tolist()
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_one_window_is_plain_attention(path):
     x = some(32, K=16)
     expected = scaled_dot_product_attention(*(t.transpose(0, 1) for t in x.values())).transpose(0, 1)

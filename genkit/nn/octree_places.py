@@ -113,7 +113,7 @@ class Plan:
     Attributes:
         slot: [N], of the tokens.
         kept: [P] which of the kept tokens share a window with them, and kept_slot [P] where these stand.
-        samples, depths: [length], of the slots; fillers belong to a sample of their own.
+        samples, depths: [length], of the slots; fillers belong to sample -1.
     """
 
     length: int
@@ -149,7 +149,7 @@ def _plan(places: Places, window: int, dilation: int, shift: int) -> Plan:
     slot = slots + offset[samples]
     kept = kept_slot = None
     total = int(length.sum())
-    ids = torch.full((total,), places.batch_size, dtype=torch.int64, device=slots.device).index_copy_(0, slot, samples)
+    ids = torch.full((total,), -1, dtype=torch.int64, device=slots.device).index_copy_(0, slot, samples)
     depths = torch.zeros_like(ids).index_copy_(0, slot, places.depths)
     if before is not None:
         rank = before.slots

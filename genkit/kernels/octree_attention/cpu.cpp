@@ -1,7 +1,7 @@
 // Attention in windows of packed nodes: q, dq, k, dk [M, H, K], v, dv, o, do [M, H, V] float32.
 //
-// A task is one window of one head: its nodes are gathered to adjacent rows, keys and values also transposed, and blocks of queries walk over the whole window
-// at once. Every node is in one window, so tasks share nothing, but for a bias that all windows share.
+// A task is one window of one head: its nodes are gathered to adjacent rows, keys and values also transposed, and blocks of queries of one sample walk at once
+// over the run of the window that they see something of. Every node is in one window, so tasks share nothing, but for a bias that all windows share.
 #include "products.h"
 #include <cmath>
 
@@ -49,19 +49,51 @@ static void transpose(const float* x, int64_t count, int64_t width, float* out, 
       for (int64_t i = from; i < from + W; ++i) out[c * columns + i] = i < count ? x[i * width + c] : 0.0f;
 }
 
-// Who is seen: nodes of the same sample, none deeper than the query. Places beyond the window's end belong to no sample.
+// Queries from.. of one sample, and the columns lo.. that hold whatever they see; none for fillers.
+struct Part {
+  int64_t from, count, lo, columns;
+  const uint8_t* is_mixed;  // per vector of columns: whether somebody does not see all of it
+};
+
+// Who is seen: nodes of the same sample, none deeper than the query. Fillers, and places beyond the window's end, belong to sample -1 and see nothing.
 struct Seen {
   int32_t *sample, *depth;
-  bool is_all;
+  std::vector<Part> parts;
+  std::vector<uint8_t> is_mixed;
 
   void fill(const Sizes& s, const Window& at, const int64_t* samples, const int64_t* depths, int64_t columns) {
-    is_all = columns == at.count() && !depths;
     for (int64_t i = 0; i < columns; ++i) {
       const int64_t node = at.first + least(i, at.count() - 1) * s.dilation;
-      sample[i] = i < at.count() ? samples[node] : -1;
+      sample[i] = i < at.count() && samples[node] >= 0 ? samples[node] : -1;
       depth[i] = depths ? depths[node] : 0;
-      is_all &= sample[i] == sample[0];
     }
+    for (int64_t i = 0; i < at.count(); i += parts.back().count) parts.push_back(part(i, at.count()));
+    is_mixed.resize(parts.size() * columns / W);
+    uint8_t* next = is_mixed.data();
+    for (Part& p : parts) {
+      p.is_mixed = next;
+      next = mark(p, next);
+    }
+  }
+  // The queries from `from` on that stand next to each other and are of one sample, at most BLOCK.
+  Part part(int64_t from, int64_t n) const {
+    const int32_t id = sample[from];
+    int64_t to = from + 1, first = from, last = from;
+    int32_t deepest = depth[from];
+    for (; to < n && to < from + BLOCK && sample[to] == id; ++to) deepest = depth[to] > deepest ? depth[to] : deepest;
+    if (id < 0) return {from, to - from, 0, 0, nullptr};
+    for (int64_t c = 0; c < n; ++c)
+      if (sample[c] == id && depth[c] <= deepest) first = least(first, c), last = c > last ? c : last;
+    return {from, to - from, first / W * W, Sizes::whole(last + 1) - first / W * W, nullptr};
+  }
+  uint8_t* mark(const Part& p, uint8_t* next) const {
+    int32_t least_deep = depth[p.from];
+    for (int64_t i = p.from; i < p.from + p.count; ++i) least_deep = depth[i] < least_deep ? depth[i] : least_deep;
+    for (int64_t v = p.lo; v < p.lo + p.columns; v += W, ++next) {
+      *next = 0;
+      for (int64_t c = v; c < v + W; ++c) *next |= sample[c] != sample[p.from] || depth[c] > least_deep;
+    }
+    return next;
   }
   vf hide(vf scores, int64_t query, int64_t key) const {
     vi samples, depths;
@@ -89,17 +121,23 @@ struct Task {
     seen.sample = (int32_t*)scratch.take(columns), seen.depth = (int32_t*)scratch.take(columns);
   }
 
-  // Scores of queries i.. [rows, columns], with the bias [window, window] of the window or null.
-  void score(int64_t i, int64_t rows, const float* bias) {
-    product<OVERWRITE>(q + i * K, K, 1, kt, columns, scores, columns, rows, columns, K);
+  // Nodes among the columns of a part; the rest of its last vector are places beyond the window's end.
+  int64_t nodes(const Part& p) const { return least(p.columns, at.count() - p.lo); }
+
+  // Scores [count, columns] of a part, with the bias [window, window] of the window or null.
+  void score(const Part& p, const float* bias) {
+    product<OVERWRITE>(q + p.from * K, K, 1, kt + p.lo, columns, scores, p.columns, p.count, p.columns, s.K);
     if (bias)
-      for (int64_t r = 0; r < rows; ++r) {
-        const float* row = bias + (at.from + i + r) * s.window + at.from;
-        for (int64_t c = 0; c < at.count(); ++c) scores[r * columns + c] += LOG2E * row[c];
+      for (int64_t r = 0; r < p.count; ++r) {
+        const float* row = bias + (at.from + p.from + r) * s.window + at.from + p.lo;
+        for (int64_t c = 0; c < nodes(p); ++c) scores[r * p.columns + c] += LOG2E * row[c];
       }
-    if (!seen.is_all)
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < columns; c += W) store(scores + r * columns + c, seen.hide(load(scores + r * columns + c), i + r, c));
+    for (int64_t c = 0; c < p.columns; c += W)
+      if (p.is_mixed[c / W])
+        for (int64_t r = 0; r < p.count; ++r) {
+          float* here = scores + r * p.columns + c;
+          store(here, seen.hide(load(here), p.from + r, p.lo + c));
+        }
   }
 };
 
@@ -126,24 +164,32 @@ extern "C" void octree_forward(const float* q, const float* k, const float* v, c
         transpose(rows, n, task.K, task.kt, columns);
         gather(v, s, at, head, V, 1, values);
         const float* here = bias ? bias + ((bias_is_shared ? 0 : w) * H + head) * window * window : nullptr;
-        for (int64_t i = 0; i < n; i += BLOCK) {
-          const int64_t count = least(BLOCK, n - i);
-          task.score(i, count, here);
-          for (int64_t r = 0; r < count; ++r) {
-            float* row = task.scores + r * columns;
-            vf tops = load(row), sums{};
-            for (int64_t c = W; c < columns; c += W) tops = max(tops, load(row + c));
-            const float top = largest<W>(tops);
-            for (int64_t c = 0; c < columns; c += W) {
-              const vf p = power(load(row + c) - top);
-              store(row + c, p);
-              sums += p;
-            }
-            const float weight = total<W>(sums), by = 1.0f / weight;
-            for (int64_t c = 0; c < columns; c += W) store(row + c, load(row + c) * by);
-            lse[head * M + at.first + (i + r) * dilation] = top + std::log2(weight);
+        for (const Part& p : task.seen.parts) {
+          float *sums_of = lse + head * M + at.first + p.from * dilation, *answers = out + p.from * task.V;
+          if (p.columns == 0) {
+            std::memset(answers, 0, 4 * p.count * task.V);
+            for (int64_t r = 0; r < p.count; ++r) sums_of[r * dilation] = 0;
+            continue;
           }
-          product<OVERWRITE>(task.scores, columns, 1, values, task.V, out + i * task.V, task.V, count, task.V, n);
+          task.score(p, here);
+          float by[BLOCK];
+          for (int64_t r = 0; r < p.count; ++r) {
+            float* row = task.scores + r * p.columns;
+            vf tops = load(row), sums{};
+            for (int64_t c = W; c < p.columns; c += W) tops = max(tops, load(row + c));
+            const float top = largest<W>(tops);
+            for (int64_t c = 0; c < p.columns; c += W) {
+              const vf weights = power(load(row + c) - top);
+              store(row + c, weights);
+              sums += weights;
+            }
+            const float weight = total<W>(sums);
+            by[r] = 1.0f / weight;
+            sums_of[r * dilation] = top + std::log2(weight);
+          }
+          product<OVERWRITE>(task.scores, p.columns, 1, values + p.lo * task.V, task.V, answers, task.V, p.count, task.V, task.nodes(p));
+          for (int64_t r = 0; r < p.count; ++r)
+            for (int64_t c = 0; c < task.V; c += W) store(answers + r * task.V + c, load(answers + r * task.V + c) * by[r]);
         }
         scatter(out, s, at, head, V, o);
       }
@@ -183,26 +229,32 @@ extern "C" void octree_backward(const float* q, const float* k, const float* v, 
           std::memset(k_sum, 0, 4 * n * task.K);
           std::memset(v_sum, 0, 4 * n * task.V);
           const int64_t map = ((bias_is_shared ? 0 : w) * H + head) * window * window;
-          for (int64_t i = 0; i < n; i += BLOCK) {
-            const int64_t count = least(BLOCK, n - i);
-            task.score(i, count, bias ? bias + map : nullptr);
-            product<OVERWRITE>(dout + i * task.V, task.V, 1, vt, columns, dp, columns, count, columns, task.V);
-            for (int64_t r = 0; r < count; ++r) {
-              const int64_t node = at.first + (i + r) * dilation;
+          for (const Part& p : task.seen.parts) {
+            float* q_rows = q_sum + p.from * task.K;
+            if (p.columns == 0) {
+              std::memset(q_rows, 0, 4 * p.count * task.K);
+              continue;
+            }
+            const int64_t nodes = task.nodes(p);
+            const float* d_rows = dout + p.from * task.V;
+            task.score(p, bias ? bias + map : nullptr);
+            product<OVERWRITE>(d_rows, task.V, 1, vt + p.lo, columns, dp, p.columns, p.count, p.columns, V);
+            for (int64_t r = 0; r < p.count; ++r) {
+              const int64_t node = at.first + (p.from + r) * dilation;
               const float norm = lse[head * M + node], mean = delta[head * M + node];
-              for (int64_t c = r * columns; c < (r + 1) * columns; c += W) {
-                const vf p = power(load(task.scores + c) - norm);
-                store(task.scores + c, p);
-                store(dp + c, p * (load(dp + c) - mean));
+              for (int64_t c = r * p.columns; c < (r + 1) * p.columns; c += W) {
+                const vf weights = power(load(task.scores + c) - norm);
+                store(task.scores + c, weights);
+                store(dp + c, weights * (load(dp + c) - mean));
               }
               if (dbias) {
-                float* row = dbias + map + (at.from + i + r) * window + at.from;
-                for (int64_t c = 0; c < n; ++c) row[c] += dp[r * columns + c];
+                float* row = dbias + map + (at.from + p.from + r) * window + at.from + p.lo;
+                for (int64_t c = 0; c < nodes; ++c) row[c] += dp[r * p.columns + c];
               }
             }
-            product<ADD>(task.scores, 1, columns, dout + i * task.V, task.V, v_sum, task.V, n, task.V, count);
-            product<ADD>(dp, 1, columns, task.q + i * task.K, task.K, k_sum, task.K, n, task.K, count);
-            product<OVERWRITE>(dp, columns, 1, keys, task.K, q_sum + i * task.K, task.K, count, task.K, n);
+            product<ADD>(task.scores, 1, p.columns, d_rows, task.V, v_sum + p.lo * task.V, task.V, nodes, task.V, p.count);
+            product<ADD>(dp, 1, p.columns, task.q + p.from * task.K, task.K, k_sum + p.lo * task.K, task.K, nodes, task.K, p.count);
+            product<OVERWRITE>(dp, p.columns, 1, keys + p.lo * task.K, task.K, q_rows, task.K, p.count, task.K, nodes);
           }
           for (int64_t i = 0; i < n * task.K; ++i) q_sum[i] *= scale, k_sum[i] *= 1 / LOG2E;  // the gathered q holds scale and log2 e already
           scatter(q_sum, s, at, head, K, dq);

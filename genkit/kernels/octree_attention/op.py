@@ -36,7 +36,7 @@ def octree_attention(
         q: [M, H, K]. Differentiable, as k, v and bias.
         k: [M, H, K], same dtype and device.
         v: [M, H, V], same dtype and device.
-        batch_ids: [M] int64 >= 0, the sample a node belongs to.
+        batch_ids: [M] int64, the sample a node belongs to; below 0 a filler, which nobody sees and which sees nothing: its result is 0.
         window: nodes per window.
         dilation: distance of two neighbours in a window.
         shift: fillers in front of the first node, less than window x dilation: OctGPT moves the windows of some blocks by half a window.

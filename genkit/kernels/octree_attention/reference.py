@@ -24,7 +24,7 @@ def octree_attention(
     nodes = to_windows(torch.arange(len(q), device=q.device), window, dilation=dilation, shift=shift, fill=-1)
     out = torch.zeros_like(v)
     for w, row in enumerate(nodes):
-        is_node = row >= 0
+        is_node = (row >= 0) & (batch_ids[row] >= 0)
         n = row[is_node]
         scores = scale * torch.einsum("ihk,jhk->hij", q[n], k[n])
         if bias is not None:

@@ -28,4 +28,5 @@ def octree_attention(
     seen = is_seen(batch_ids, depth, window, dilation, shift)[:, None]  # [W, 1, window, window]
     mask = seen if bias is None else bias.masked_fill(~seen, -torch.inf)
     out = scaled_dot_product_attention(q_rows, k_rows, v_rows, attn_mask=mask, scale=scale)  # [W, H, window, V]
-    return from_windows(out.transpose(1, 2), len(q), dilation=dilation, shift=shift).contiguous()
+    out = from_windows(out.transpose(1, 2), len(q), dilation=dilation, shift=shift)
+    return out.masked_fill((batch_ids < 0)[:, None, None], 0.0)
