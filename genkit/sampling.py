@@ -103,8 +103,8 @@ def sample(
         **({} if asked.database is None else {"database": database and str(database), "classes": classes}),
     }
     if hasattr(pipeline.tokenizer, "meshes"):
-        if size is not None or known is not None or rope:
-            raise UsageError("--size, --rope and --known are for images; this model draws shapes")
+        if size is not None or known is not None or keep is not None or rope:
+            raise UsageError("--size, --rope, --known and --keep are for images; this model draws shapes")
         from genkit import shapes
 
         return shapes.write_samples(

@@ -369,7 +369,7 @@ def test_released_weights_become_a_tokenizer_and_a_generator_on_it(tmp_path):
     other = OctGPT(**{**dict(network.config), "bits": 6})
     with pytest.raises(UsageError, match="bits of a code: 8, this network needs 6"):
         generator_of(other, octgpt.sampling(other), "octgpt", tmp_path / "vq", "x", "", None)
-    with pytest.raises(UsageError, match="--size, --rope and --known are for images"):
+    with pytest.raises(UsageError, match="--size, --rope, --known and --keep are for images"):
         sample(tmp_path / "gpt", count=1, size="32x32", out=tmp_path / "other")
     with pytest.raises(UsageError, match="--format xyz"):
         sample(tmp_path / "gpt", count=1, format="xyz", out=tmp_path / "other")

@@ -82,7 +82,10 @@ def _spec(path: str, overrides: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"{text} is not KEY=VALUE")
-        section[name.removeprefix("data.")] = yaml.safe_load(value)
+        try:
+            section[name.removeprefix("data.")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"{text}: {value!r} is no value in YAML") from None
     return registry.check("data", section, "data")
 
 

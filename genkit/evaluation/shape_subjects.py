@@ -70,7 +70,11 @@ def is_of_shapes(target: Any) -> bool:
             data = (yaml.safe_load((path / name).read_text(encoding="utf-8")) or {}).get("data") or {}
             return data.get("type") in DATA
     if (path / "model_index.json").exists():
-        return False
+        try:
+            index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+            return index["run_config"]["data"]["type"] in DATA
+        except (ValueError, KeyError, TypeError):  # whoever opens it says what is wrong
+            return False
     from genkit.data.check_meshes import has_only_meshes
 
     return has_only_meshes(str(path)) or (
@@ -123,8 +127,11 @@ def generated(pipe: Any, count: int, seed: int, batch_size: int, drawing: dict[s
 
 
 def from_path(path: Path) -> ShapeSet:
-    """A folder of meshes, or one mesh."""
+    """A folder of meshes, or one mesh. Raises UsageError where there is neither."""
+    if not path.exists():
+        raise UsageError(f"no such folder of meshes, and no such mesh: {path}")
     if not path.is_dir():
+        storage.check_format(path)
         return ShapeSet(1, lambda number: storage.load(path), lambda number: "", path.name)
     keys = storage.scan(path)
     labels = {key: key.partition("/")[0] if "/" in key else "" for key in keys}
@@ -177,6 +184,10 @@ def reference_of(word: str, data: dict[str, Any] | None) -> ShapeSet:
             raise UsageError(f"--ref {word}: shapes has the splits train, val and test")
         spec = registry.check("data", {"type": "shapes", "split": split or "train", "num_distances": 0}, "data")
         return of_dataset(registry.build("data", spec), f"shapes:{split or 'train'}")
+    if not Path(word).exists():
+        raise UsageError(
+            f"--ref {word} is neither train nor val of a run, nor shapes, shapes:val or shapes:test, nor a folder of meshes or a mesh"
+        )
     return from_path(Path(word))
 
 

@@ -105,6 +105,7 @@ def sampling(network: OctGPT, config: Mapping[str, Any] | None = None) -> dict[s
     """
     options = flat(config or {})
     depths = network.code_depth - network.full_depth + 1
+    steps = [min(count, 8 ** (network.full_depth + i)) for i, count in enumerate(STEPS[-depths:])]  # tokens there can be
 
     def of_depths(name: str, usual: Sequence[float]) -> Any:
         found = options.get(name, list(usual))
@@ -114,7 +115,7 @@ def sampling(network: OctGPT, config: Mapping[str, Any] | None = None) -> dict[s
         "objective": {"type": "octree_masked"},
         "sampler": {
             "type": "octree_masked",
-            "num_steps": of_depths("num_iters", STEPS),
+            "num_steps": of_depths("num_iters", steps),
             "temperature": of_depths("start_temperature", TEMPERATURES),
             "remask_from": float(options.get("remask_stage", 0.7)),
             "guidance": 1.0,

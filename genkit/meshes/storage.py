@@ -89,6 +89,11 @@ def _format(path: Path) -> ModuleType:
     return importlib.import_module(f"genkit.meshes.formats.{name}")
 
 
+def check_format(path: str | Path) -> None:
+    """Raises UsageError for a name that does not end as that of a mesh."""
+    _format(Path(path))
+
+
 def scan(folder: str | Path) -> list[str]:
     """Paths of all meshes below a folder, relative to it, hidden ones left out, in one fixed order.
 

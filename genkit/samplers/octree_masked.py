@@ -29,7 +29,7 @@ class OctreeMasked:
     nothing anew.
 
     Args:
-        num_steps: calls per depth; one number for all depths, or one for each.
+        num_steps: calls per depth, at most the tokens there can be; one number for all depths, or one for each.
         temperature: of the draw, at the start of a depth; it falls linearly to 0. One number, or one per depth.
         remask: share of the tokens the model disagrees with that are drawn anew in a late step; codes half of it. 0 = off.
         remask_from: a step is late from this fraction of the steps on.
@@ -72,12 +72,27 @@ class OctreeMasked:
         predict.begin(start)
         steps = _each("num_steps", self.num_steps, predict.depths)
         temperatures = _each("temperature", self.temperature, predict.depths)
+        self._check(steps, predict)
         done = 0
         for depth, (count, temperature) in enumerate(zip(steps, temperatures, strict=True)):
             values = self._reveal(predict, count, temperature, rng.fork(f"depth {depth}"), done, sum(steps), on_step)
             predict.finish(values)
             done += count
         return predict.result()
+
+    def _check(self, steps: list[int], predict: Any) -> None:
+        """Raises UsageError for more steps than there can be tokens: so many in the first depth, and eight below each. One number for all depths may be
+        as large as the last one can use."""
+        most = [int(torch.bincount(predict.samples).max()) * 8**depth for depth in range(len(steps))]
+        if not isinstance(self.num_steps, list):
+            most = [most[-1]] * len(steps)
+        for depth, (count, tokens) in enumerate(zip(steps, most, strict=True), 1):
+            if count > tokens:
+                where = f"depth {depth} of {len(steps)}" if isinstance(self.num_steps, list) else "the last depth"
+                raise UsageError(
+                    f"sampler.num_steps={self.num_steps}, but {where} has at most {tokens} tokens and every step reveals at least one; "
+                    f"use {tokens} or fewer there"
+                )
 
     def _reveal(
         self, predict: Any, num_steps: int, temperature: float, rng: Rng, done: int, total: int, on_step: OnStep | None

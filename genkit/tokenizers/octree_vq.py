@@ -17,7 +17,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from genkit.errors import UsageError
+from genkit.errors import GenkitError, UsageError
 from genkit.meshes.marching_cubes import marching_cubes
 from genkit.meshes.mesh import Mesh
 from genkit.nn.dual_graph import Blocks, Down, Head, Up, to_nodes
@@ -245,13 +245,21 @@ class OctreeVQ(ModelMixin, ConfigMixin):
 
         Args:
             resolution: cells along a side of the box [-0.9, 0.9]^3; None = 2^(depth + 1), at most 256.
+
+        Raises: GenkitError for functions that are not finite.
         """
         decoded = self.field(tokens)
         cells = resolution or min(256, 2 ** (self.depth + 1))
-        return [
-            marching_cubes(decoded.grid(i, cells, self.depth), level=level, bounds=(-BOX, BOX))
-            for i in range(tokens.batch_size)
-        ]
+        found = []
+        for i in range(tokens.batch_size):
+            grid = decoded.grid(i, cells, self.depth)
+            if not bool(grid.isfinite().all()):
+                raise GenkitError(
+                    f"the tokenizer decodes to a function that is not finite at {int((~grid.isfinite()).sum()):,} of {grid.numel():,} places; "
+                    "its weights are damaged, take an older checkpoint"
+                )
+            found.append(marching_cubes(grid, level=level, bounds=(-BOX, BOX)))
+        return found
 
 
 @dataclass

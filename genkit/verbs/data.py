@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> Answer:
         from genkit.data import prepare
 
         found = prepare.prepare(args.path, args.overrides, workers=args.workers)
-        return Answer(found, prepare.render(found))
+        return Answer(found, prepare.render(found), 0 if found["prepared"] + found["found"] else 1)
     if args.action == "fetch":
         from genkit.data import fetch
 
