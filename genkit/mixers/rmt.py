@@ -11,6 +11,7 @@ from genkit.errors import UsageError
 from genkit.interfaces import Cache, Layout
 from genkit.kernels.retention.manhattan import manhattan
 from genkit.mixers.grids import dense_grid, depthwise, spatially, width_per_head
+from genkit.nn.rope import turn_pairs
 
 
 class RMT(nn.Module):
@@ -71,6 +72,4 @@ class RMT(nn.Module):
         _, N, _, K = x.shape
         rates = 10_000.0 ** -torch.linspace(0, 1, K // 2, device=x.device, dtype=torch.float32)
         angles = torch.arange(N, device=x.device).view(-1, 1, 1) * rates  # [N, 1, K / 2]
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+        return turn_pairs(x, angles)

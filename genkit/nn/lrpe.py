@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from genkit.errors import UsageError
+from genkit.nn.rope import turn_pairs
 
 FLAVOURS = ("rotary", "cosine")
 
@@ -41,11 +42,10 @@ def lrpe_angles(coords: Tensor, head_dim: int, flavour: str, base: float = 10_00
 
 def lrpe(x: Tensor, angles: Tensor, flavour: str) -> Tensor:
     """x [B, N, H, K] -> [B, N, H, K], or [B, N, H, 2 K] for "cosine"."""
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     if flavour == "cosine":
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         return torch.cat([x * cos, x * sin], dim=-1)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    return turn_pairs(x, angles)
 
 
 def lrpe_factors(q: Tensor, angles: Tensor, flavour: str) -> tuple[Tensor, Tensor]:
@@ -57,8 +57,8 @@ def lrpe_factors(q: Tensor, angles: Tensor, flavour: str) -> tuple[Tensor, Tenso
     if flavour == "cosine":
         cos, sin = angles.cos(), angles.sin()
         return lrpe(q, angles, flavour), torch.cat([cos, sin], dim=-1).to(q.dtype)
-    turned = lrpe(q, angles, flavour)
-    a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
+    there = lrpe(q, angles, flavour)
+    a, b = there.unflatten(-1, (-1, 2)).unbind(-1)
     aside = torch.stack([b, -a], dim=-1).flatten(-2)
     pairs = angles.repeat_interleave(2, dim=-1)
-    return torch.cat([turned, aside], dim=-1), torch.cat([pairs.cos(), pairs.sin()], dim=-1).to(q.dtype)
+    return torch.cat([there, aside], dim=-1), torch.cat([pairs.cos(), pairs.sin()], dim=-1).to(q.dtype)

@@ -19,6 +19,7 @@ from genkit.kernels.octree_attention.op import octree_attention
 from genkit.nn.dropout import Dropout
 from genkit.nn.norm import RMSNorm
 from genkit.nn.octree_places import ROPE_BASE, Light, Places, waves
+from genkit.nn.rope import turn_pairs
 
 Kept = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values [N, H, K] of tokens that are finished
 
@@ -47,13 +48,7 @@ class Rotary(nn.Module):
     def forward(self, q: Tensor, k: Tensor, xyz: Tensor) -> tuple[Tensor, Tensor]:
         """q and k [N, H, K] turned by their places xyz [N, 3]; channels 2j and 2j + 1 are a pair."""
         angle = (xyz @ self.freqs.float()).unflatten(1, (self.num_heads, -1))  # [N, H, K / 2]
-        cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
-        return _turn(q, cos, sin), _turn(k, cos, sin)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+        return turn_pairs(q, angle), turn_pairs(k, angle)
 
 
 class NodePositions(nn.Module):

@@ -53,3 +53,16 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = table
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def turn_pairs(x: Tensor, angles: Tensor) -> Tensor:
+    """x [..., K] with every channel pair (2j, 2j + 1) turned by its angle, in float32 or wider; angles [..., K / 2] broadcast to x and may be learned."""
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    angles = angles.to(pairs.dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if torch.compiler.is_compiling():  # the compiler fuses real numbers, and knows no complex ones
+        a, b = pairs.unbind(-1)
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+    # One pass over memory in place of six.
+    product = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)
+    return torch.view_as_real(product).flatten(-2).to(x.dtype)
