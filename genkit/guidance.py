@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -186,8 +187,14 @@ class GuidedNext:
         step = self.step_at[ids.shape[1]]
         return self._guided(lambda predict, ids, cache: predict(ids, cache), ids, cache, step)
 
-    def several(self, ids: Tensor, cache: Cache | None, count: int) -> Tensor:
-        """As of the predictor, for parallel decoding: logits [B, count, S]."""
+    @property
+    def several(self) -> Callable[[Tensor, Cache | None, int], Tensor]:
+        """As of the predictor, for parallel decoding: (ids, cache, count) -> logits [B, count, S]; there where the predictor has it."""
+        if not hasattr(self.strong, "several"):
+            raise AttributeError("the predictor that is guided draws no ids in parallel")
+        return self._several
+
+    def _several(self, ids: Tensor, cache: Cache | None, count: int) -> Tensor:
         first = self.step_at[ids.shape[1] - count + 1]
         return self._guided(
             lambda predict, ids, cache: predict.several(ids, cache, count),

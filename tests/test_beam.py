@@ -148,3 +148,11 @@ def test_parallel_decoding_refuses_mixers_that_cannot_take_back():
     predict = objective.predictor(model, {"label": LABELS}, LAYOUT)
     with torch.no_grad(), pytest.raises(UsageError, match="only attention can"):
         Jacobi()(predict, empty(predict, 4), Rng.at(0, 0, 4))
+
+
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+def test_parallel_decoding_refuses_generators_that_draw_in_turn_guided_or_not(strength: float) -> None:
+    model, objective = make("dq")
+    predict: Any = guide(objective, model, {"label": LABELS}, LAYOUT, Guidance(strength))
+    with torch.no_grad(), pytest.raises(UsageError, match="sampled by autoregressive"):
+        Jacobi()(predict, empty(predict, 4), Rng.at(0, 0, 4))
