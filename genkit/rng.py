@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +22,11 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox-4x32. All words are int64 tensors that hold 32-bit values and broadcast against each other."""
+Word = TypeVar("Word", Tensor, int)
+
+
+def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
+    """Ten rounds of Philox-4x32. All words are int64 tensors that hold 32-bit values and broadcast against each other, or all are Python's integers."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -37,9 +41,8 @@ def derive(seed: int, *numbers: int) -> int:
     """A 63-bit seed from a seed and any further numbers (epoch, step, rank): well mixed, the same on every machine."""
     state = seed & 0xFFFFFFFFFFFFFFFF
     for number in (len(numbers), *numbers):
-        word = torch.tensor([state & _MASK, state >> 32, number & _MASK, (number >> 32) & _MASK]).unbind()
-        out = philox((word[2], word[3], torch.tensor(0), torch.tensor(1)), (word[0], word[1]))
-        state = int(out[0]) | (int(out[1]) << 32)
+        low, high, _, _ = philox((number & _MASK, (number >> 32) & _MASK, 0, 1), (state & _MASK, state >> 32))
+        state = low | (high << 32)
     return state & 0x7FFFFFFFFFFFFFFF
 
 
