@@ -74,15 +74,13 @@ def import_weights(
     if target.exists():
         raise UsageError(f"{target} exists; choose another folder or remove it")
     weights, left_out = read_weights(Path(file))
-    options = read_config(Path(file), config)
+    options = _without_nulls(read_config(Path(file), config) or {}) or None
     importer = importlib.import_module(f"genkit.importers.{source.replace('-', '_')}")
-    module = importer.convert(weights, options)
+    module, drawn = _converted(importer, weights, options, source, file)
     family, kind = type(module).__module__.split(".")[-2:]
     imported = {"from": source, "file": Path(file).name}
     if family == "backbones":
-        pipeline, kind_given = generator_of(
-            module, importer.sampling(module, options), kind, tokenizer, target.name, data, size
-        )
+        pipeline, kind_given = generator_of(module, drawn, kind, tokenizer, target.name, data, size)
         pipeline.run_config["imported"] = imported
         checked = try_generator(pipeline) if check else None
         found: dict[str, Any] = {"out": str(target), "from": source, "backbone": kind, "options": kind_given}
@@ -127,6 +125,27 @@ def import_weights(
     }
     _save(pipeline, target)
     return found
+
+
+def _converted(
+    importer: Any, weights: Mapping[str, Any], options: Mapping[str, Any] | None, source: str, file: str | Path
+) -> tuple[Any, Any]:
+    """(the network, how its authors draw from it, None of a tokenizer). Raises GenkitError where an importer cannot make sense of what it is given."""
+    try:
+        module = importer.convert(weights, options)
+        return module, importer.sampling(module, options) if hasattr(importer, "sampling") else None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        told = "" if options is None else ", or an option in the config is not of the kind the original has"
+        raise GenkitError(
+            f"{file} cannot be read as {source} ({type(error).__name__}: {reason}); it is another model{told}"
+        ) from error
+
+
+def _without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that are null are as good as not there."""
+    found = {name: _without_nulls(value) if isinstance(value, Mapping) else value for name, value in config.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def generator_of(

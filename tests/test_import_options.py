@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from genkit import registry
 from genkit.errors import GenkitError, UsageError
 from genkit.importers import dqvae
+from genkit.importing import import_weights
 from genkit.nn.grain_networks import FeatureRouter
 from genkit.nn.layout import dense_layout
 from genkit.tokenizers.nfig import NFIG
@@ -193,3 +195,36 @@ def test_dropout_for_fine_tuning_is_read() -> None:
         case = load(GOLDEN / f"{golden}.safetensors")
         convert = import_module(f"genkit.importers.{importer}").convert
         assert convert(case.weights, case.config | {name: 0.3}).config["dropout"] == 0.3
+
+
+WRONG: list[tuple[str, str, dict[str, Any]]] = [
+    ("llamagen-gpt", "llamagen_gpt", {"n_head": "four"}),
+    ("llamagen-gpt", "llamagen_gpt", {"n_head": [4]}),
+    ("mar", "mar", {"patch_size": 0}),
+    ("image-bert", "maskgit_imagebert", {"image_grid": 16}),
+    ("autonat", "recap", {"img_size": float("nan")}),
+    ("var-vqvae", "var_vqvae", {"v_patch_nums": [[1, 1], [2, 2], [3, 3], [4, 4], [6, 6]]}),
+    ("octgpt", "octgpt", {"patch_size": "wide"}),
+]
+
+
+@pytest.mark.parametrize(("source", "golden", "options"), WRONG)
+def test_options_of_another_kind_are_one_error(
+    tmp_path: Path, source: str, golden: str, options: dict[str, Any]
+) -> None:
+    case = load(GOLDEN / f"{golden}.safetensors")
+    save_file(case.weights, tmp_path / "w.safetensors")
+    with pytest.raises(GenkitError) as caught:
+        import_weights(tmp_path / "w.safetensors", source, tmp_path / "out", config=case.config | options)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_model_are_one_error_and_nulls_are_nothing(tmp_path: Path) -> None:
+    case = load(GOLDEN / "llamagen_gpt.safetensors")
+    save_file({key: value.flatten()[0].clone() for key, value in case.weights.items()}, tmp_path / "w.safetensors")
+    with pytest.raises(GenkitError, match=r"cannot be read as llamagen-gpt .*; it is another model$"):
+        import_weights(tmp_path / "w.safetensors", "llamagen-gpt", tmp_path / "out")
+    save_file(case.weights, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="give a --config with n_head"):
+        import_weights(tmp_path / "w.safetensors", "llamagen-gpt", tmp_path / "out", config={"n_head": None})
