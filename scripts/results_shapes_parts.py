@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genkit.backbones.dit import DiT
 from genkit.backbones.octgpt import OctGPT
 from genkit.data.meshes import Meshes
 from genkit.data.shapes import Shapes
-from genkit.ema import Ema
 from genkit.evaluation.shape_figures import SIZE
 from genkit.images import write_png
 from genkit.meshes import storage
@@ -25,8 +23,6 @@ from genkit.meshes.sampling import sample_surface
 from genkit.metrics import shape_nets
 from genkit.metrics.point_sets import mmd_coverage, nearest_neighbour_accuracy, pairwise_chamfer
 from genkit.metrics.shape_agreement import iou, surface_agreement
-from genkit.nn.layout import dense_layout
-from genkit.objectives.flow import Flow
 from genkit.objectives.octree_masked import Grow
 from genkit.octree import build
 from genkit.octree.octree import Octree
@@ -34,7 +30,6 @@ from genkit.octree.tokens import splits_of
 from genkit.pipeline import open_run
 from genkit.registry import build as make
 from genkit.rng import Rng, sample_seeds
-from genkit.samplers.heun import Heun
 from genkit.samplers.octree_masked import OctreeMasked as Sampler
 from genkit.tokenizers.octree_vq import BOX, LEVEL
 
@@ -46,8 +41,6 @@ STEPS = ([1, 1], [3, 6], [12, 24], [24, 48], [64, 400])
 GUIDANCE = (1.0, 2.0, 3.0)
 DEPTHS = (5, 6, 7)  # of surfaces
 JUDGED = 96  # samples whose class is asked for
-# The dense model: distances cut to this, on a grid of SIDE^3 in patches of PATCH^3.
-CUT, SIDE, PATCH, DENSE_STEPS = 0.1, 32, 4, 18
 
 
 def held_out(pipeline: Any) -> Any:
@@ -177,11 +170,11 @@ def longer(runs: Path) -> dict[str, Any]:
     return {"rows": rows, **counters(pipeline)}
 
 
-def distances(real: Tensor, meshes: list[Mesh]) -> dict[str, float]:
+def distances(real: Tensor, meshes: list[Mesh], points: int = POINTS) -> dict[str, float]:
     """MMD, COV and 1-NNA by Chamfer; nothing where a sample has no surface."""
     if not all(len(mesh.faces) for mesh in meshes):
         return {}
-    fake = torch.stack([sample_surface(mesh, POINTS, Rng([i]))[0] for i, mesh in enumerate(meshes)])
+    fake = torch.stack([sample_surface(mesh, points, Rng([i]))[0] for i, mesh in enumerate(meshes)])
     cross = pairwise_chamfer(real, fake)
     near = mmd_coverage(cross)
     accuracy = nearest_neighbour_accuracy(pairwise_chamfer(real, real), cross, pairwise_chamfer(fake, fake))["acc"]
@@ -214,82 +207,6 @@ def by_steps(runs: Path) -> dict[str, Any]:
             )
     parameters = sum(p.numel() for p in pipeline.backbone.parameters())
     return {"rows": rows, "parameters": parameters, **counters(pipeline)}
-
-
-def dense(runs: Path) -> dict[str, Any]:
-    """A diffusion transformer over all voxels, as large as the generator and trained on as many shapes; and its seconds on a grid twice as fine."""
-    pipeline = open_run(runs / GENERATOR)
-    names, config = list(pipeline.class_names), pipeline.run_config
-    data = make("data", dict(config["data"]) | {"num_points": 16, "num_distances": 0})
-    axis = torch.linspace(-BOX, BOX, SIDE)
-    places = torch.cartesian_prod(axis, axis, axis)
-    with torch.no_grad():
-        grids = torch.stack([data.solid(i).distance(places).clamp(-CUT, CUT) / CUT for i in range(len(data))])
-    grids = grids.view(-1, 1, SIDE, SIDE, SIDE)
-    labels = torch.arange(len(data)) % len(names)
-    torch.manual_seed(0)
-
-    def net(side: int) -> DiT:
-        mixer = {"type": "attention", "num_heads": 4, "qk_norm": False, "rope": False}
-        return DiT(
-            channels=1, num_classes=len(names), grid=(side,) * 3, dim=112, depth=4, patch_size=PATCH, mixer=mixer
-        )
-
-    model, objective, layout = net(SIDE), Flow(cond_drop=0.1), dense_layout((SIDE,) * 3)
-    ema = Ema(model, 0.99)  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
-    started, batch_size = time.process_time(), 16
-    num_steps = counters(pipeline)["samples"] // batch_size
-    for step in range(num_steps):
-        # The rate goes up over a hundred steps and down to 0 at the end.
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * (1 - step / num_steps)
-        rng = Rng.at(0, step * batch_size, batch_size)
-        rows = Rng.at(1, step, 1).integers(len(data), batch_size)[0]
-        loss = objective(model, grids[rows], {"label": labels[rows]}, layout, rng)["velocity"].mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(step + 1)
-    seconds = time.process_time() - started
-    model.eval()
-    chosen = torch.arange(SHAPES) % len(names)
-    with torch.no_grad(), ema.applied():
-        started = time.process_time()
-        rng = Rng(sample_seeds(0, 0, SHAPES))
-        x = Heun(num_steps=DENSE_STEPS)(
-            objective.predictor(model, {"label": chosen}, layout), rng.fork("start").normal(1, *(SIDE,) * 3), rng
-        )
-        meshes = [marching_cubes(_closed(grid[0] * CUT), level=0.0, bounds=(-BOX, BOX)) for grid in x]
-        each = (time.process_time() - started) / SHAPES
-        twice, layout = net(2 * SIDE).eval(), dense_layout((2 * SIDE,) * 3)
-        started = time.process_time()
-        noise = Rng([0]).fork("start").normal(1, *(2 * SIDE,) * 3)
-        Heun(num_steps=DENSE_STEPS)(objective.predictor(twice, {"label": chosen[:1]}, layout), noise, Rng([0]))
-        fine = time.process_time() - started
-    shown = sorted(range(SHAPES), key=lambda i: (int(chosen[i]), i))
-    sheet = contact_sheet([meshes[i] for i in shown], columns=SHAPES // len(names), size=160, row_names=names)
-    write_png(runs / "shapes-dense.png", sheet)
-    real = held_out(pipeline).__getitems__(list(range(SHAPES)))["points"][:, :POINTS]
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "samples": num_steps * batch_size,
-        "seconds": seconds,
-        "row": {
-            "cpu_seconds": each,
-            "pieces": mean([float(inspect(mesh).num_components) for mesh in meshes if len(mesh.faces)]),
-            "accuracy": class_accuracy(meshes, chosen, names),
-            **distances(real, meshes),
-        },
-        "fine": fine,
-    }
-
-
-def _closed(grid: Tensor) -> Tensor:
-    """The outermost layer is outside."""
-    for axis in range(3):
-        for end in (0, -1):
-            grid.select(axis, end).clamp_(min=1e-4)
-    return grid
 
 
 class Whole(Grow):
