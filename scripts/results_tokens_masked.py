@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import statistics
 import time
@@ -34,6 +35,18 @@ TOY = ROOT / "genkit/configs/toy"
 # Leading full steps, light steps per full one.
 SETTINGS = ((0, 0), (8, 1), (0, 1), (4, 3), (0, 3), (0, 7))
 FD_STEPS, SPEED_STEPS, SEEDS = 16, {"MaskGIT": 32, "MAR": 64}, (0, 1, 2)
+# MaskGIT in as many steps as times are measured of: steps, light steps per full one, what light steps fill. The last ones are what fewer full steps give.
+CHOICES: dict[str, tuple[int, int, str]] = {
+    "all full": (32, 0, "once"),
+    "chosen once": (32, 3, "once"),
+    "1 light anew": (32, 1, "anew"),
+    "chosen anew": (32, 3, "anew"),
+    "7 light anew": (32, 7, "anew"),
+    "16 full": (16, 0, "once"),
+    "8 full": (8, 0, "once"),
+}
+MEASURED = {"16 full": "fd MaskGIT 0 0", "8 full": "fd MaskGIT 8 steps"}  # with the temperature of the recipe
+ENDS = (1.0, 0.65)  # what the temperature of the draw falls to; the second is the paper's of 16 steps
 RUNS = {"MaskGIT": "masked", "MAR": "mar"}  # trained on the same tokens
 RESGEN_STEPS = 16
 SIZE = ["backbone.dim=160", "backbone.depth=3"]  # of ResGen: 1.46 million weights
@@ -99,6 +112,14 @@ def measure(out: Path, given: Path | None, count: int, only: list[str]) -> None:
                     f"fd {host} {alone} {light} {seed}",
                     lambda n=name, s=seed, c=changes: distance(out / n, count, s, c),
                 )
+        if host == "MaskGIT":
+            for end, (label, how), seed in itertools.product(ENDS, CHOICES.items(), SEEDS):
+                if label in MEASURED and end == 1:
+                    continue
+                keep(
+                    f"fd choice {label}, {end:g}, {seed}",
+                    lambda n=name, h=how, e=end, s=seed: distance(out / n, count, s, choice(h, e)),
+                )
         for steps in (4, 8):
             for seed in SEEDS:
                 keep(
@@ -114,6 +135,14 @@ def reuse(host: str, alone: int, light: int, steps: int) -> list[str]:
     """Changes of the sampler: so many leading full steps, so many light ones per full one."""
     spec = {"type": "recap", "full_steps": alone, "light": light, "keeps_condition": host == "MAR"}
     return [f"num_steps={steps}", f"reuse={json.dumps(spec)}" if light else "reuse=null"]
+
+
+def choice(how: tuple[int, int, str], end: float) -> list[str]:
+    """Changes of the sampler: no leading full steps; the temperature of the draw falls to `end` along a root, as in the paper."""
+    steps, light, chosen = how
+    spec = {"type": "recap", "light": light, "choice": chosen}
+    anneal = [f"softmax_end={end}", "softmax_power=0.5"] if end != 1 else []
+    return [f"num_steps={steps}", f"reuse={json.dumps(spec)}" if light else "reuse=null", *anneal]
 
 
 def distance(run: Path, count: int, seed: int, sampler: list[str]) -> float:
@@ -148,6 +177,7 @@ def speeds(host: str, grid: int) -> dict[str, float]:
     spec.loader.exec_module(suite)
     size: dict[str, Any] = {"dim": 384, "depth": 12, "num_heads": 6, "grid": (grid, grid)}
     calls = {}
+    make: Any
     if host == "MaskGIT":
         model = suite.network(codebook_size=1024, **size)
         make, draw = Sampler, suite.sampling
@@ -162,6 +192,9 @@ def speeds(host: str, grid: int) -> dict[str, float]:
             continue
         kind = recap(host, alone, light) if light else None
         calls[f"{alone} {light}"] = draw(model, 1, (grid, grid), make(num_steps=steps, reuse=kind, **options))
+    for light in (1, 3, 7) if host == "MaskGIT" else ():
+        anew = Recap(light=light, choice="anew")
+        calls[f"anew {light}"] = draw(model, 1, (grid, grid), make(num_steps=steps, reuse=anew))
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(2 if grid == 16 else 1):
         for name, call in calls.items():
@@ -181,7 +214,7 @@ def recap(host: str, alone: int, light: int) -> Recap:
 def page(out: Path) -> None:
     """Fill in the tables between the marks of the page."""
     found = Store(out / "masked.json").values
-    fill(PAGE, {"reuse": reuse_table(found), "depth": depth_table(found)})
+    fill(PAGE, {"reuse": reuse_table(found), "choice": choice_table(found), "depth": depth_table(found)})
     curve(found)
 
 
@@ -216,6 +249,27 @@ def reuse_table(found: dict[str, Any]) -> str:
     return table(("full steps at first", "light per full one", *times, *distances), rows)
 
 
+def choice_table(found: dict[str, Any]) -> str:
+    rows = []
+    for label, (steps, light, chosen) in CHOICES.items():
+        speed = [choice_speed(found, steps, light, chosen, tokens) for tokens in (256, 1024)]
+        starts = (MEASURED[label] if label in MEASURED and end == 1 else f"fd choice {label}, {end:g}," for end in ENDS)
+        distances = (spread(found, start) for start in starts)
+        times = ("not measured" if cell is None else f"{cell:.2f}" for cell in speed)
+        filled = f"{chosen}, {light} per full one" if light else "none"
+        rows.append((str(steps), filled, *times, *distances))
+    head = ("steps", "light steps choose", "256 tokens", "1024 tokens")
+    return table((*head, *(f"FD, temperature {'1' if end == 1 else f'1 to {end:g}'}" for end in ENDS)), rows)
+
+
+def choice_speed(found: dict[str, Any], steps: int, light: int, chosen: str, tokens: int) -> float | None:
+    """Times as fast as 32 steps, all full."""
+    if not light:
+        return 32 / steps
+    key = f"anew {light}" if chosen == "anew" else f"0 {light}"
+    return found.get(f"speed MaskGIT {tokens}", {}).get(key)
+
+
 def curve(found: dict[str, Any]) -> None:
     """Distance over speed: light steps, and fewer steps that are all full."""
     require("matplotlib").use("agg")
@@ -223,10 +277,7 @@ def curve(found: dict[str, Any]) -> None:
     measured = [host for host in RUNS if taken(found, f"fd {host} 0 0")]
     for number, host in enumerate(measured, 1):
         panel = figure.add_subplot(1, len(measured), number)
-        speed = found.get(f"speed {host} 256", {})
-        light = [(speed.get(f"{a} {c}"), f"fd {host} {a} {c}") for a, c in SETTINGS]
-        fewer = [(1.0, f"fd {host} 0 0")] + [(FD_STEPS / s, f"fd {host} {s} steps") for s in (8, 4)]
-        for name, points in (("light steps", light), ("fewer steps, all full", fewer)):
+        for name, points in (choice_lines(found) if host == "MaskGIT" else reuse_lines(found, host)).items():
             shown = [(at, values) for at, start in points if at is not None and (values := taken(found, start))]
             shown.sort()
             panel.errorbar(
@@ -234,15 +285,35 @@ def curve(found: dict[str, Any]) -> None:
                 [statistics.mean(values) for _, values in shown],
                 [statistics.pstdev(values) for _, values in shown],
                 marker="o",
-                linestyle="--" if name == "light steps" else "-",
+                linestyle="--" if name.startswith("light") else "-",
                 capsize=3,
                 label=name,
             )
-        panel.set_title(host)
+        panel.set_title(f"{host}, {'temperature to 0.65' if host == 'MaskGIT' else '16 steps'}")
         panel.set_xlabel("times as fast as all steps full, 256 tokens")
         panel.set_ylabel(f"FD of {found.get('count', 0)} images")
         panel.legend(fontsize="small")
     figure.savefig(CURVE, dpi=110)
+
+
+Lines = dict[str, list[tuple[float | None, str]]]  # name -> (speed, figures in the store)
+
+
+def reuse_lines(found: dict[str, Any], host: str) -> Lines:
+    speed = found.get(f"speed {host} 256", {})
+    light = [(speed.get(f"{a} {c}"), f"fd {host} {a} {c}") for a, c in SETTINGS]
+    fewer = [(1.0, f"fd {host} 0 0")] + [(FD_STEPS / s, f"fd {host} {s} steps") for s in (8, 4)]
+    return {"light steps": light, "fewer steps, all full": fewer}
+
+
+def choice_lines(found: dict[str, Any]) -> Lines:
+    lines: Lines = {"light steps, chosen once": [], "light steps, chosen anew": [], "fewer steps, all full": []}
+    for label, (steps, light, chosen) in CHOICES.items():
+        point = choice_speed(found, steps, light, chosen, 256), f"fd choice {label}, {ENDS[1]:g},"
+        lines["fewer steps, all full" if not light else f"light steps, chosen {chosen}"].append(point)
+    for how in ("once", "anew"):
+        lines[f"light steps, chosen {how}"].append((1.0, f"fd choice all full, {ENDS[1]:g},"))
+    return lines
 
 
 def depth_table(found: dict[str, Any]) -> str:
