@@ -124,3 +124,19 @@ def test_both_sides_of_vq_do_the_same(tokenizers: ModuleType, shape: tuple[int, 
 def test_every_suite_lists_its_cases() -> None:
     for path in sorted(SUITES.glob("*.py")):
         assert callable(bench.load(path.stem)), path
+
+
+def test_both_sides_of_marching_cubes_do_the_same() -> None:
+    pytest.importorskip("skimage")
+    case = next(case for case in bench.load("meshes")(True) if case.name.startswith("marching cubes"))
+    assert callable(case.peer)
+    ours, (vertices, faces, *_) = case.ours(), case.peer()
+    cell = 2 / 47  # theirs counts in cells, ours from -1 to 1
+
+    def area_and_volume(vertices: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
+        a, b, c = vertices.double()[faces.long()].unbind(1)
+        across = torch.linalg.cross(b - a, c - a)
+        return torch.stack([across.norm(dim=1).sum() / 2, (a * across).sum().abs() / 6])
+
+    expected = area_and_volume(torch.from_numpy(vertices.copy()) * cell - 1, torch.from_numpy(faces.copy()))
+    torch.testing.assert_close(area_and_volume(ours.vertices, ours.faces), expected, rtol=1e-4, atol=0)
