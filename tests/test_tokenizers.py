@@ -15,7 +15,7 @@ RECIPES = {
     for path in sorted((CONFIGS / "toy").glob("*.yaml"))
     if "tokenizer" in (parsed := config.load(path))
     and parsed.task == "tokenize"
-    and parsed["data"]["type"] != "shapes"  # of shapes, which are no images: tests/test_octree_vq.py
+    and parsed["tokenizer"]["type"] != "octree_vq"  # of shapes, which are no images: tests/test_octree_vq.py
     # Those of emoji differ in channels and stride alone; two stand for all.
     and (parsed["data"]["type"] != "emoji" or path.stem in ("vq-emoji", "dqvae-emoji"))
 }
