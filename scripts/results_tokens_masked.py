@@ -49,6 +49,8 @@ MEASURED = {"16 full": "fd MaskGIT 0 0", "8 full": "fd MaskGIT 8 steps"}  # with
 ENDS = (1.0, 0.65)  # what the temperature of the draw falls to; the second is the paper's of 16 steps
 RUNS = {"MaskGIT": "masked", "MAR": "mar"}  # trained on the same tokens
 RESGEN_STEPS = 16
+FINE = {"tokenizer": "vq-emoji-256", "generator": "masked-emoji-256"}  # 64x64 emoji in 16x16 ids
+FINE_CHOICES = ("all full", "chosen once", "chosen anew", "8 full")
 SIZE = ["backbone.dim=160", "backbone.depth=3"]  # of ResGen: 1.46 million weights
 RQ_SIZE = ["backbone.depth=3", "backbone.head_depth=1"]  # of the generator that draws depth first: 1.49 million
 
@@ -74,6 +76,9 @@ def train(out: Path, samples: int, given: Path | None) -> None:
     for name, own in (("masked", []), ("mar", ["backbone.head_width=96"])):
         options = [*short, *own, f"tokenizer.from={source(out, given, 1)}"]
         genkit.train(TOY / f"{name}-fashion.yaml", options, name=name, out=out)
+    genkit.train(TOY / "vq-emoji.yaml", ["tokenizer.stride=4"], name=FINE["tokenizer"], out=out)
+    options = [*short, "data={type: emoji, size: 64, split: train}", f"tokenizer.from={out / FINE['tokenizer']}"]
+    genkit.train(TOY / "masked-fashion.yaml", options, name=FINE["generator"], out=out)
 
 
 def source(out: Path, given: Path | None, depth: int) -> Path:
@@ -126,6 +131,12 @@ def measure(out: Path, given: Path | None, count: int, only: list[str]) -> None:
                     f"fd {host} {steps} steps {seed}",
                     lambda n=name, t=steps, s=seed: distance(out / n, count, s, [f"num_steps={t}"]),
                 )
+    if (out / FINE["generator"] / "checkpoints" / "last").exists():
+        for end, label, seed in itertools.product(ENDS, FINE_CHOICES, SEEDS):
+            changes = choice(CHOICES[label], end)
+            keep(
+                f"fine {label}, {end:g}, {seed}", lambda c=changes, s=seed: timed(out / FINE["generator"], count, s, c)
+            )
     for grid in (16, 32):
         for host in RUNS:
             keep(f"speed {host} {grid * grid}", lambda host=host, grid=grid: speeds(host, grid))
@@ -146,9 +157,16 @@ def choice(how: tuple[int, int, str], end: float) -> list[str]:
 
 
 def distance(run: Path, count: int, seed: int, sampler: list[str]) -> float:
-    """FD of fashion features to the training images, all classes in turn."""
+    """FD of the features of the data's own small classifier to the training images, all classes in turn."""
     report = genkit.evaluate(open_run(run), count=count, seed=seed, sampler=sampler, metrics=[{"type": "frechet"}])
     return float(report["FD"])
+
+
+def timed(run: Path, count: int, seed: int, sampler: list[str]) -> list[float]:
+    """(`distance`, CPU seconds an image of all that it takes)."""
+    started = time.process_time()
+    found = distance(run, count, seed, sampler)
+    return [found, (time.process_time() - started) / count]
 
 
 def reconstructed(tokenizer: Path) -> float:
@@ -214,17 +232,28 @@ def recap(host: str, alone: int, light: int) -> Recap:
 def page(out: Path) -> None:
     """Fill in the tables between the marks of the page."""
     found = Store(out / "masked.json").values
-    fill(PAGE, {"reuse": reuse_table(found), "choice": choice_table(found), "depth": depth_table(found)})
+    fill(
+        PAGE,
+        {
+            "reuse": reuse_table(found),
+            "choice": choice_table(found),
+            "fine": fine_table(found),
+            "depth": depth_table(found),
+        },
+    )
     curve(found)
 
 
-def taken(found: dict[str, Any], start: str) -> list[float]:
+def taken(found: dict[str, Any], start: str) -> list[Any]:
     return [found[f"{start} {seed}"] for seed in SEEDS if f"{start} {seed}" in found]
 
 
 def spread(found: dict[str, Any], start: str) -> str:
     """Mean and deviation over seeds of sampling."""
-    values = taken(found, start)
+    return mean_of(taken(found, start))
+
+
+def mean_of(values: list[float]) -> str:
     if not values:
         return "not measured"
     if len(values) == 1:
@@ -260,6 +289,21 @@ def choice_table(found: dict[str, Any]) -> str:
         rows.append((str(steps), filled, *times, *distances))
     head = ("steps", "light steps choose", "256 tokens", "1024 tokens")
     return table((*head, *(f"FD, temperature {'1' if end == 1 else f'1 to {end:g}'}" for end in ENDS)), rows)
+
+
+def fine_table(found: dict[str, Any]) -> str:
+    rows = []
+    for label in FINE_CHOICES:
+        steps, light, chosen = CHOICES[label]
+        cells = []
+        for end in ENDS:
+            values = taken(found, f"fine {label}, {end:g},")
+            cells.append(mean_of([value for value, _ in values]))
+        seconds = [second for end in ENDS for _, second in taken(found, f"fine {label}, {end:g},")]
+        cells.append(f"{1000 * statistics.mean(seconds):.0f}" if seconds else "not measured")
+        rows.append((str(steps), f"{chosen}, {light} per full one" if light else "none", *cells))
+    distances = (f"FD, temperature {'1' if end == 1 else f'1 to {end:g}'}" for end in ENDS)
+    return table(("steps", "light steps choose", *distances, "CPU ms per image"), rows)
 
 
 def choice_speed(found: dict[str, Any], steps: int, light: int, chosen: str, tokens: int) -> float | None:
