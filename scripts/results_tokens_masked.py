@@ -51,6 +51,7 @@ RUNS = {"MaskGIT": "masked", "MAR": "mar"}  # trained on the same tokens
 RESGEN_STEPS = 16
 FINE = {"tokenizer": "vq-emoji-256", "generator": "masked-emoji-256"}  # 64x64 emoji in 16x16 ids
 FINE_CHOICES = ("all full", "chosen once", "chosen anew", "8 full")
+FINE_COUNT = 300  # images of each; five times as many tokens take their time
 SIZE = ["backbone.dim=160", "backbone.depth=3"]  # of ResGen: 1.46 million weights
 RQ_SIZE = ["backbone.depth=3", "backbone.head_depth=1"]  # of the generator that draws depth first: 1.49 million
 
