@@ -1,9 +1,12 @@
 """The feature net of emoji: what it takes, and that it tells emoji from what only looks a little like them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from genkit.errors import UsageError
+from genkit.evaluation.evaluate import _specs
 from genkit.evaluation.subjects import suitable_net
 from genkit.metrics import emoji_net, features
 from genkit.metrics.frechet import Frechet
@@ -33,6 +36,13 @@ def test_colour_images_of_a_folder_are_not_taken_for_emoji():
     assert suitable_net((3, 64, 64), None, "emoji") == "emoji-cnn"
     assert suitable_net((3, 64, 64), None, "folder") == "inception-2015"
     assert suitable_net((3, 64, 64), "file", "emoji") == "inception-2015"
+
+
+def test_metrics_that_are_named_without_a_net_take_one_that_suits_the_images():
+    subject = SimpleNamespace(shape=(3, 64, 64), data={"type": "emoji"}, metrics=None, reference="train", kind="run")
+    wanted = ["frechet", {"type": "kid"}, {"type": "frechet", "features": "inception-2015"}]
+    nets = [spec["features"] for spec in _specs(subject, None, wanted, None, None)]
+    assert nets == ["emoji-cnn", "emoji-cnn", "inception-2015"]
 
 
 def test_distance_grows_with_blur():

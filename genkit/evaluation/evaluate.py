@@ -211,7 +211,8 @@ def _specs(
         named = registry.options(registry.find("metrics", str(chosen.get("type"))))
         if "reference" in named and (reference or "reference" not in chosen):
             chosen["reference"] = reference or subject.reference
-        if chosen.get("features") == "auto" or (isinstance(spec, str) and "features" in named and weights is not None):
+        is_open = "features" in named and "features" not in chosen and (weights is None or isinstance(spec, str))
+        if is_open or chosen.get("features") == "auto":
             chosen["features"] = net
         if weights is not None and "weights" in named and str(chosen.get("features")).startswith("inception-2015"):
             chosen["weights"] = weights
