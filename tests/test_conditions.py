@@ -35,6 +35,7 @@ from genkit.optional import is_installed
 from genkit.pipeline import open_run
 from genkit.reuse.skip_blocks import SkipBlocks
 from genkit.rng import Rng
+from tests.mistakes import told_error
 from tests.tiny import GENERATOR, TOKENIZER
 
 SHORT = {"train.num_samples": 32}
@@ -71,13 +72,6 @@ def lively(run: str) -> Any:
     for parameter in pipe.backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return pipe
-
-
-def told_error(capsys, *words: str) -> str:
-    assert main(list(words)) == 2, capsys.readouterr()
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error
 
 
 # Databases

@@ -39,6 +39,7 @@ from genkit.pipeline import open_run
 from genkit.requests import Request
 from genkit.rng import Rng
 from genkit.shapes import picture_sheet, write_samples
+from tests.mistakes import told_error
 
 DATA = {"type": "shapes", "num_shapes": 4, "classes": ["chair", "bottle"], "num_points": 300, "num_distances": 0}
 SMALL: dict[str, Any] = {"size": 32, "cells": 2, "views": 4, "resolution": 24}
@@ -396,13 +397,6 @@ def here(runs, monkeypatch) -> Path:
     return runs
 
 
-def told_error(capsys, *words: str) -> str:
-    assert main(["sample", *words, "-q"]) == 2, capsys.readouterr()
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error
-
-
 FAST = ("--resolution", "16", "-q")
 
 
@@ -451,11 +445,17 @@ def test_shapes_by_picture_from_the_command_line(here, capsys, tmp_path):
 
 def test_what_is_wrong_with_a_picture_is_one_line(here, capsys, tmp_path):
     run = ("runs/pictures", "-o", str(tmp_path / "out"))
-    assert "nothing.png cannot be read as a picture" in told_error(capsys, *run, "--image", "nothing.png")
-    assert "--image and --labels both say" in told_error(capsys, *run, "--image", "x.png", "--labels", "chair")
-    assert "--caption and --image both say" in told_error(capsys, *run, "--image", "x.png", "--caption", "x")
-    assert "trained on pictures" in told_error(capsys, *run, "--caption", "a chair")
-    assert "trained on captions" in told_error(capsys, "runs/captions", "--image", "x.png")
+    assert "nothing.png cannot be read as a picture" in told_error(
+        capsys, "sample", "-q", *run, "--image", "nothing.png"
+    )
+    assert "--image and --labels both say" in told_error(
+        capsys, "sample", "-q", *run, "--image", "x.png", "--labels", "chair"
+    )
+    assert "--caption and --image both say" in told_error(
+        capsys, "sample", "-q", *run, "--image", "x.png", "--caption", "x"
+    )
+    assert "trained on pictures" in told_error(capsys, "sample", "-q", *run, "--caption", "a chair")
+    assert "trained on captions" in told_error(capsys, "sample", "-q", "runs/captions", "--image", "x.png")
 
 
 def test_shapes_by_caption_from_the_command_line(here):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from genkit import config, registry
-from genkit.cli import main
 from genkit.errors import UsageError
 from genkit.pipeline import GeneratorPipeline
 from genkit.rng import sample_seeds
+from tests.mistakes import assert_refused, draw, save_untrained
 
 
 @pytest.fixture(scope="module")
@@ -22,40 +21,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     spec = {"type": "vq", "stride": 4, "width": 8, "num_blocks": 1, "channels": 8, "codebook_size": 16}
     coder = registry.build("tokenizer", registry.check("tokenizer", spec, "tokenizer"), image_channels=1).eval()
-    recipe = config.resolve(
-        {
-            "data": {"type": "fashion"},
-            "tokenizer": {"from": "runs/x"},
-            "backbone": {"type": "masked", "dim": 16, "depth": 1},
-            "objective": {"type": "masked"},
-            "sampler": {"type": "masked", "num_steps": 2},
-            "train": {"num_samples": 1},
-        }
-    )
-    plain = json.loads(json.dumps(recipe))
+    sections = {
+        "data": {"type": "fashion"},
+        "backbone": {"type": "masked", "dim": 16, "depth": 1},
+        "objective": {"type": "masked"},
+        "sampler": {"type": "masked", "num_steps": 2},
+    }
     network = registry.build(
         "backbone",
-        recipe["backbone"],
+        sections["backbone"],
         channels=coder.channels,
         codebook_size=coder.codebook_size,
         num_levels=coder.num_levels,
         num_classes=2,
         grid=(4, 4),
     )
-    GeneratorPipeline(
-        coder,
-        network,
-        objective=plain["objective"],
-        sampler=plain["sampler"],
-        grid=[4, 4],
-        class_names=["A", "B"],
-        run_config=plain,
-    ).save_pretrained(folder)
+    save_untrained(folder, coder, network, sections, [4, 4])
     return folder
-
-
-def draw(run: Path, out: Path, *words: str) -> int:
-    return main(["sample", str(run), "-n", "2", "-q", "-o", str(out), "--device", "cpu", *words])
 
 
 MISTAKES = [
@@ -83,11 +65,7 @@ MISTAKES = [
 def test_a_mistake_is_one_line_and_leaves_nothing(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    assert draw(run, tmp_path / "out", *words) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
+    assert_refused(capsys, run, tmp_path / "out", words, message)
 
 
 def test_after_a_mistake_the_same_folder_can_be_drawn_into(run: Path, tmp_path: Path) -> None:

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from genkit import config
 from genkit.backbones.octgpt import OctGPT
 from genkit.cli import main
 from genkit.meshes import storage
 from genkit.meshes.marching_cubes import marching_cubes
-from genkit.pipeline import GeneratorPipeline
 from genkit.tokenizers.octree_vq import OctreeVQ
+from tests.mistakes import assert_refused, draw, save_untrained
 
 TOKENIZER: dict[str, Any] = {
     "depth": 4,
@@ -35,17 +34,12 @@ BACKBONE: dict[str, Any] = {"dim": 24, "depth": 2, "num_heads": 2, "window": 16,
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generators of shapes that were never trained: one that decodes to anything, to nothing, to what is no number."""
     folder = tmp_path_factory.mktemp("runs")
-    recipe = config.resolve(
-        {
-            "data": {"type": "shapes"},
-            "tokenizer": {"from": "runs/x"},
-            "backbone": {"type": "octgpt", **BACKBONE},
-            "objective": {"type": "octree_masked"},
-            "sampler": {"type": "octree_masked", "num_steps": 2},
-            "train": {"num_samples": 1},
-        }
-    )
-    plain = json.loads(json.dumps(recipe))
+    sections = {
+        "data": {"type": "shapes"},
+        "backbone": {"type": "octgpt", **BACKBONE},
+        "objective": {"type": "octree_masked"},
+        "sampler": {"type": "octree_masked", "num_steps": 2},
+    }
     for name, distance in (("any", None), ("nothing", 1.0), ("nan", float("nan"))):
         torch.manual_seed(0)
         coder = OctreeVQ(**TOKENIZER).eval()
@@ -53,20 +47,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.zeros_(head.last.weight)
             head.last.bias.data[3] = distance
         network = OctGPT(bits=4, full_depth=2, code_depth=3, num_classes=2, **BACKBONE).eval()
-        GeneratorPipeline(
-            coder,
-            network,
-            objective=plain["objective"],
-            sampler=plain["sampler"],
-            grid=[1],
-            class_names=["A", "B"],
-            run_config=plain,
-        ).save_pretrained(folder / name)
+        save_untrained(folder / name, coder, network, sections, [1])
     return folder
-
-
-def draw(run: Path, out: Path, *words: str) -> int:
-    return main(["sample", str(run), "-n", "2", "-q", "-o", str(out), "--device", "cpu", *words])
 
 
 @pytest.mark.parametrize(
@@ -84,11 +66,7 @@ def draw(run: Path, out: Path, *words: str) -> int:
 def test_a_mistake_is_one_line_and_leaves_nothing(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    assert draw(runs / "any", tmp_path / "out", *words) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
+    assert_refused(capsys, runs / "any", tmp_path / "out", words, message)
 
 
 def test_functions_without_a_surface_and_without_numbers(
