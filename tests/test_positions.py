@@ -9,6 +9,7 @@ from torch import Tensor
 from genkit.errors import UsageError
 from genkit.nn.layout import dense_layout
 from genkit.nn.lrpe import FLAVOURS, lrpe, lrpe_angles, lrpe_factors
+from genkit.nn.rope import turn_pairs
 from genkit.nn.tpe import ToeplitzPositions
 
 
@@ -87,3 +88,16 @@ def test_toeplitz_positions_tell_places_apart():
     assert torch.pdist(ToeplitzPositions(dim=4)(x, (3, 4))[0]).min() > 1e-3
     with pytest.raises(UsageError, match="2 axes on the grid"):
         ToeplitzPositions(dim=4)(x, (12,))
+
+
+def test_pairs_are_turned_by_their_angles_compiled_or_not():
+    x, angles = random(3, 5, 2, 8), random(5, 1, 4)
+    by_hand = torch.stack(
+        [torch.stack([angles.cos(), -angles.sin()], -1), torch.stack([angles.sin(), angles.cos()], -1)], -2
+    )
+    expected = torch.einsum("...pij,...pj->...pi", by_hand, x.unflatten(-1, (4, 2))).flatten(-2)
+    compiled = torch.compile(turn_pairs, fullgraph=True, backend="eager")
+    for turn in (turn_pairs, compiled):
+        torch.testing.assert_close(turn(x, angles), expected)
+        assert turn(x.bfloat16(), angles).dtype == torch.bfloat16
+        assert torch.autograd.gradcheck(turn, (x.requires_grad_(), angles.requires_grad_()))

@@ -105,9 +105,8 @@ def sampling(network: OctGPT, config: Mapping[str, Any] | None = None) -> dict[s
     """
     options = flat(config or {})
     depths = network.code_depth - network.full_depth + 1
-    steps = [
-        min(count, 8 ** (network.full_depth + i)) for i, count in enumerate(STEPS[-depths:])
-    ]  # tokens there can be
+    # Never more than there can be tokens.
+    steps = [min(most, 8 ** (network.full_depth + i)) for i, most in enumerate(STEPS[-depths:])]
 
     def of_depths(name: str, usual: Sequence[float]) -> Any:
         found = options.get(name, list(usual))
