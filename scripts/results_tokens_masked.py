@@ -49,8 +49,12 @@ MEASURED = {"16 full": "fd MaskGIT 0 0", "8 full": "fd MaskGIT 8 steps"}  # with
 ENDS = (1.0, 0.65)  # what the temperature of the draw falls to; the second is the paper's of 16 steps
 RUNS = {"MaskGIT": "masked", "MAR": "mar"}  # trained on the same tokens
 RESGEN_STEPS = 16
-FINE = {"tokenizer": "vq-emoji-256", "generator": "masked-emoji-256"}  # 64x64 emoji in 16x16 ids
-FINE_CHOICES = ("all full", "chosen once", "chosen anew", "8 full")
+# 64x64 emoji in 16x16 tokens: tokenizer, generator, and what its sampler is compared by, as CHOICES.
+FINE = {"MaskGIT": ("vq-emoji-fine", "masked-emoji"), "MAR": ("kl-emoji-fine", "mar-emoji")}
+FINE_CHOICES = {
+    "MaskGIT": ("all full", "chosen once", "chosen anew", "8 full"),
+    "MAR": ("all full", "chosen once", "8 full"),
+}
 FINE_COUNT = 300  # images of each; five times as many tokens take their time
 SIZE = ["backbone.dim=160", "backbone.depth=3"]  # of ResGen: 1.46 million weights
 RQ_SIZE = ["backbone.depth=3", "backbone.head_depth=1"]  # of the generator that draws depth first: 1.49 million
@@ -77,9 +81,9 @@ def train(out: Path, samples: int, given: Path | None) -> None:
     for name, own in (("masked", []), ("mar", ["backbone.head_width=96"])):
         options = [*short, *own, f"tokenizer.from={source(out, given, 1)}"]
         genkit.train(TOY / f"{name}-fashion.yaml", options, name=name, out=out)
-    genkit.train(TOY / "vq-emoji.yaml", ["tokenizer.stride=4"], name=FINE["tokenizer"], out=out)
-    options = [*short, "data={type: emoji, size: 64, split: train}", f"tokenizer.from={out / FINE['tokenizer']}"]
-    genkit.train(TOY / "masked-fashion.yaml", options, name=FINE["generator"], out=out)
+    for tokens, generator in FINE.values():
+        genkit.train(TOY / f"{tokens}.yaml", name=tokens, out=out)
+        genkit.train(TOY / f"{generator}.yaml", [f"tokenizer.from={out / tokens}"], name=generator, out=out)
 
 
 def source(out: Path, given: Path | None, depth: int) -> Path:
@@ -132,12 +136,12 @@ def measure(out: Path, given: Path | None, count: int, only: list[str]) -> None:
                     f"fd {host} {steps} steps {seed}",
                     lambda n=name, t=steps, s=seed: distance(out / n, count, s, [f"num_steps={t}"]),
                 )
-    if (out / FINE["generator"] / "checkpoints" / "last").exists():
-        for end, label, seed in itertools.product(ENDS, FINE_CHOICES, SEEDS):
-            changes = choice(CHOICES[label], end)
-            keep(
-                f"fine {label}, {end:g}, {seed}", lambda c=changes, s=seed: timed(out / FINE["generator"], count, s, c)
-            )
+    for host, (_, generator) in FINE.items():
+        if not (out / generator / "checkpoints" / "last").exists():
+            continue
+        for label, seed in itertools.product(FINE_CHOICES[host], SEEDS):
+            changes = fine(host, label)
+            keep(f"fine {host} {label} {seed}", lambda g=generator, s=seed, c=changes: timed(out / g, FINE_COUNT, s, c))
     for grid in (16, 32):
         for host in RUNS:
             keep(f"speed {host} {grid * grid}", lambda host=host, grid=grid: speeds(host, grid))
@@ -155,6 +159,12 @@ def choice(how: tuple[int, int, str], end: float) -> list[str]:
     spec = {"type": "recap", "light": light, "choice": chosen}
     anneal = [f"softmax_end={end}", "softmax_power=0.5"] if end != 1 else []
     return [f"num_steps={steps}", f"reuse={json.dumps(spec)}" if light else "reuse=null", *anneal]
+
+
+def fine(host: str, label: str) -> list[str]:
+    """Changes of the sampler of a generator of 256 tokens."""
+    steps, light, _ = CHOICES[label]
+    return choice(CHOICES[label], ENDS[1]) if host == "MaskGIT" else reuse(host, 0, light, steps)
 
 
 def distance(run: Path, count: int, seed: int, sampler: list[str], features: str = "fashion-cnn") -> float:
@@ -296,17 +306,20 @@ def choice_table(found: dict[str, Any]) -> str:
 
 def fine_table(found: dict[str, Any]) -> str:
     rows = []
-    for label in FINE_CHOICES:
-        steps, light, chosen = CHOICES[label]
-        cells = []
-        for end in ENDS:
-            values = taken(found, f"fine {label}, {end:g},")
-            cells.append(mean_of([value for value, _ in values]))
-        seconds = [second for end in ENDS for _, second in taken(found, f"fine {label}, {end:g},")]
-        cells.append(f"{1000 * statistics.mean(seconds):.0f}" if seconds else "not measured")
-        rows.append((str(steps), f"{chosen}, {light} per full one" if light else "none", *cells))
-    distances = (f"FD, temperature {'1' if end == 1 else f'1 to {end:g}'}" for end in ENDS)
-    return table(("steps", "light steps choose", *distances, "CPU ms per image"), rows)
+    for host, labels in FINE_CHOICES.items():
+        times = {label: [second for _, second in taken(found, f"fine {host} {label}")] for label in labels}
+        for label in labels:
+            steps, light, chosen = CHOICES[label]
+            cells = ["not measured"] * 3
+            if times[label]:
+                own, full = (statistics.mean(times[which]) for which in (label, labels[0]))
+                values = [value for value, _ in taken(found, f"fine {host} {label}")]
+                cells = [mean_of(values), f"{1000 * own:.0f}", f"{full / own:.2f}"]
+            filled = (
+                "none" if not light else f"{light} per full one" if host == "MAR" else f"{chosen}, {light} per full one"
+            )
+            rows.append((host, str(steps), filled, *cells))
+    return table(("generator", "steps", "light steps choose", "FD", "CPU ms per image", "times as fast"), rows)
 
 
 def choice_speed(found: dict[str, Any], steps: int, light: int, chosen: str, tokens: int) -> float | None:
