@@ -2,7 +2,8 @@
 
 An importer is a file of genkit/importers with a function convert(state, config) -> tokenizer or backbone; its name, with dashes, is the word after
 --from, its first line says whose weights it reads. Its table IGNORED (pattern of a key -> reason) says what it leaves aside. Beside a backbone's
-there is sampling(backbone, config) -> {"objective": ..., "sampler": ...}, how its authors draw from it, with what the config says of that. Where the original itself can be asked,
+there is sampling(backbone, config) -> {"objective": ..., "sampler": ..., and where it is not told a class "condition": ...}, how its authors draw from
+it, with what the config says of that. Where the original itself can be asked,
 compare(state, config, module) -> figures for --check; SIZE: pixels per side of its images. Files are read by genkit.foreign.
 """
 
@@ -197,7 +198,8 @@ def generator_of(
     num_classes = backbone.config["num_classes"]
     given = _options(backbone, set(registry.FAMILIES["backbone"][1]))
     sampler = dict(sampling["sampler"])
-    if not num_classes:
+    condition = sampling.get("condition")
+    if not num_classes and condition is None:
         sampler["guidance"] = 1.0
     checked = configs.resolve(
         {
@@ -211,6 +213,7 @@ def generator_of(
             },
             "tokenizer": {"from": str(tokenizer)},
             "backbone": {"type": kind, **given},
+            "condition": condition,
             "objective": sampling["objective"],
             "sampler": sampler,
             "train": {"num_samples": 1},
@@ -226,6 +229,7 @@ def generator_of(
         sampler=run_config["sampler"],
         grid=grid,
         class_names=[str(i) for i in range(num_classes)],
+        condition=run_config["condition"],
         run_config=run_config,
     )
     return pipeline, given

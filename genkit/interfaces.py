@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Everything a model is conditioned on, by name. "label": [B] int64, -1 = no label (the null class of classifier-free guidance).
 # "context": [B, k, E] vectors that are attended to, neighbours or states of an encoder; "text": [B, T] int64 bytes, 0 behind the end; "picture":
-# [B, 1, Y, X], ink in [0, 1]. All 0 = nothing.
+# [B, 1, Y, X], ink in [0, 1]. All 0 = nothing. "said": [B, k] bool, which vectors of the context are real, whether or not the context is left out.
 Cond = Mapping[str, "Tensor"]
 
 # What lives between two calls of a model while sampling: key/values, reused context features, attention statistics.

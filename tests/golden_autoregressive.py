@@ -19,15 +19,21 @@ def run_llamagen_gpt(case: Any) -> Outputs:
     from genkit.importers.llamagen_gpt import convert
 
     network = convert(case.weights, case.config)
-    ids, label = case.inputs["idx"], case.inputs["cond_idx"]
-    cond = {"label": torch.where(label == case.config["num_classes"], -1, label)}
+    ids, told = case.inputs["idx"], case.inputs["cond_idx"]
+    if told.is_floating_point():  # states of a text
+        cond = {"context": told[:, : network.prefix]}
+        if "emb_masks" in case.inputs:
+            cond["said"] = case.inputs["emb_masks"] > 0
+    else:
+        cond = {"label": torch.where(told == case.config["num_classes"], -1, told)}
     layout = dense_layout((math.isqrt(case.config["block_size"]),) * 2)
     cache: dict[Any, Any] = {}
-    one_by_one = [network.next_logits(ids[:, :n], cond, layout, cache) for n in range(ids.shape[1] + 1)]
+    one_by_one = [network.next_logits(ids[:, :0], cond, layout, cache, last=network.prefix)]
+    one_by_one += [network.next_logits(ids[:, : n + 1], cond, layout, cache) for n in range(ids.shape[1])]
     mixer = network.blocks[0].mixer
-    turns = rope_table(behind_prefix(layout, 1, "zero").coords, mixer.head_dim, mixer.rope_base)
+    turns = rope_table(behind_prefix(layout, network.prefix, "zero").coords, mixer.head_dim, mixer.rope_base)
     return {
-        "logits": network.next_logits(ids, cond, layout, last=ids.shape[1] + 1),
+        "logits": network.next_logits(ids, cond, layout, last=ids.shape[1] + network.prefix),
         "logits_cached": torch.cat(one_by_one, dim=1),
         "freqs_cis": torch.stack([part[0, :, 0] for part in turns], dim=-1),
     }

@@ -192,11 +192,19 @@ def test_two_layers_share_a_cache_without_meeting():
     assert (cache[0].length, cache[1].length) == (2, 1)
 
 
-def test_a_cache_takes_no_padding():
-    layout = dense_layout((4,))
-    padded = Layout(coords=layout.coords, grid=None, valid=torch.ones(3, 4, dtype=torch.bool))
-    with pytest.raises(UsageError, match="cannot be padded"):
-        attention(is_causal=True)(tokens(4), padded, {})
+@torch.no_grad()
+def test_padding_stays_padding_behind_a_cache():
+    mixer, x, layout, cache = attention(is_causal=True), tokens(9), dense_layout((9,)), {}
+    valid = torch.ones(3, 9, dtype=torch.bool)
+    valid[1, :3], valid[2, :1] = False, False
+    parts = []
+    for start, end in ((0, 4), (4, 5), (5, 8), (8, 9)):
+        own = valid[:, :end] if start == 0 else None  # what comes later is real
+        parts.append(mixer(x[:, start:end], Layout(coords=layout.coords[:, start:end], grid=None, valid=own), cache))
+    expected = mixer(x, Layout(coords=layout.coords, grid=None, valid=valid))
+    torch.testing.assert_close(torch.cat(parts, 1)[valid], expected[valid], atol=1e-6, rtol=1e-5)
+    cache[0].select(torch.tensor([1, 0, 2]))
+    assert cache[0].valid.tolist()[0] == [False] * 3 + [True]
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ from genkit.pipeline import open_run
 from genkit.reuse.skip_blocks import SkipBlocks
 from genkit.rng import Rng
 from tests.mistakes import told_error
+from tests.text_encoders import save_encoder
 from tests.tiny import GENERATOR, TOKENIZER
 
 SHORT = {"train.num_samples": 32}
@@ -166,26 +167,28 @@ def test_captions_of_a_folder_lie_beside_its_images(tmp_path):
         said.caption("a/2.jpg", 0)
 
 
-def test_a_text_encoder_of_transformers_is_attended_to(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "hat"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    model = transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **shape)).eval()
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_a_text_encoder_of_transformers_is_attended_to(tmp_path, kind, capfd):
+    model = save_encoder(tmp_path, kind)
+    capfd.readouterr()
     said = Captions(encoder=str(tmp_path), length=6, class_names=("red hat", "hat"))
+    assert not any(capfd.readouterr()), "opening it says nothing"
     assert said.takes == {"num_classes": 0, "context_dim": 8}
     labels = torch.tensor([0, 1, -1])
-    context = said.of_request(labels, Rng.at(0, 0, 3))["context"]
+    cond = said.of_request(labels, Rng.at(0, 0, 3))
+    context = cond["context"]
+    assert cond["said"].sum(1).tolist() == [4, 3, 0]
     given = said.encoder.tokenizer(["red hat"], return_tensors="pt")
     with torch.no_grad():
-        torch.testing.assert_close(context[0, :4], model(**given).last_hidden_state[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(context[0, :4], _states(model, given)[0], atol=1e-5, rtol=1e-5)
     assert (context[0, 4:] == 0).all()
     assert (context[2] == 0).all(), "no caption is nothing"
     encoder = Encoder(str(tmp_path), 6)
     torch.testing.assert_close(encoder(["hat", "red hat"])[1], context[0], atol=1e-6, rtol=0)
+
+
+def _states(model, given):
+    return model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).last_hidden_state
 
 
 # Recipes

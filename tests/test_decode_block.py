@@ -58,6 +58,22 @@ def test_compiled_step_equals_the_reference(sizes, threads):
 
 
 @needs_library
+@pytest.mark.parametrize("sizes", SIZES)
+def test_padding_in_front_is_not_seen(sizes):
+    *ours, length, eps = arguments(*sizes)
+    first = torch.arange(sizes[0]) % (length + 1)
+    for b, n in enumerate(first.tolist()):
+        ours[9][b, :, :n] = ours[10][b, :, :n] = 1e3  # finite, as a mask multiplies nothing away
+    theirs = [x.double() for x in ours]
+    out = decode_block(*ours, length, eps, first, path="cpu")
+    expected = decode_block(*theirs, length, eps, first, path="reference")
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    alone = [x[-1:, :, int(first[-1]) :].contiguous() for x in theirs[9:11]]
+    last = decode_block(theirs[0][-1:], *theirs[1:9], *alone, length - int(first[-1]), eps, path="reference")
+    torch.testing.assert_close(expected[-1:], last)
+
+
+@needs_library
 @pytest.mark.parametrize("name", native.SETS)
 def test_every_instruction_set_gives_the_same(name, monkeypatch):
     if native.SETS.index(name) > native.SETS.index(native.instruction_set()):
@@ -92,10 +108,12 @@ def test_compiled_step_refuses_what_it_cannot_do():
         (7, torch.zeros(3), "cos is"),
         (10, torch.zeros(1, 4, 21, 16), "values is"),
         (11, 20, r"length=20 must be in 0..19"),
+        (13, torch.tensor([8]), r"first is in 8..8, expected 0..7"),
+        (13, torch.tensor([0.0]), r"first is torch.float32 \[1\], expected int64 \[1\]"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(index, value, message):
-    wrong = arguments(*SIZES[0])
+    wrong = [*arguments(*SIZES[0]), None]
     wrong[index] = value
     with pytest.raises(ValueError, match=message):
         decode_block(*wrong)

@@ -15,6 +15,7 @@ from genkit import importing, registry
 from genkit.errors import UsageError
 from genkit.importing import import_weights
 from genkit.pipeline import TokenizerPipeline, open_run
+from tests.text_encoders import save_encoder
 
 pytestmark = pytest.mark.usefixtures("paths_of_users")
 GOLDEN = Path(__file__).parent / "golden"
@@ -135,3 +136,24 @@ def test_an_imported_generator_of_sequences_draws_images(
     TokenizerPipeline(coder.eval(), run_config={"name": "ids"}).save_pretrained(tmp_path / "few")
     with pytest.raises(UsageError, match=r"codes: 32, this network needs (96|64)"):
         import_weights(file, source, tmp_path / "other", config=config, tokenizer=tmp_path / "few")
+
+
+def test_an_imported_generator_is_told_texts(tmp_path: Path) -> None:
+    part = {"type": "vq", "stride": 4, "width": 8, "num_blocks": 1, "channels": 8, "codebook_size": 40}
+    coder = registry.build("tokenizer", part, image_channels=3)
+    TokenizerPipeline(coder.eval(), run_config={"name": "ids"}).save_pretrained(tmp_path / "ids")
+    file, config = weights_of("llamagen_gpt_t2i", tmp_path / "w.safetensors")
+    options: dict[str, Any] = {"config": config, "tokenizer": tmp_path / "ids"}
+    import_weights(file, "llamagen-gpt", tmp_path / "usual", **options)
+    condition = {"type": "captions", "encoder": "google/flan-t5-xl", "length": 10, "files": False}
+    assert open_run(tmp_path / "usual").condition == condition
+
+    save_encoder(tmp_path / "t5", "t5", width=20)
+    config |= {"t5_path": str(tmp_path), "t5_model_type": "t5"}
+    found = import_weights(file, "llamagen-gpt", tmp_path / "run", **options, check=True)
+    assert found["check"]["image"] == [1, 3, 12, 12]
+    pipeline, nobody = open_run(tmp_path / "run"), torch.full((3,), -1)
+    assert (pipeline.sampler["guidance"], pipeline.sampler["top_k"], pipeline.num_classes) == (7.5, 40, 0)
+    images = pipeline.generate(nobody, [0, 0, 0], texts=["a red hat", "a red hat", "hat"])
+    torch.testing.assert_close(images[0], images[1], atol=1e-4, rtol=1e-4)
+    assert (images[2] - images[0]).abs().max() > 1e-2

@@ -86,7 +86,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("diffusers_dit", {"activation_fn": "geglu"}, "activation_fn=geglu"),
     ("diffusers_dit", {"norm_elementwise_affine": True}, "norm_elementwise_affine=True"),
     ("dimsum", {"block_type": "raw"}, "block_type=raw"),
-    ("llamagen_gpt", {"model_type": "t2i"}, "model_type=t2i"),
+    ("llamagen_gpt", {"model_type": "t2i"}, "model_type=t2i.*are told a class"),
+    ("llamagen_gpt_t2i", {"model_type": "c2i"}, "model_type=c2i.*are told a text"),
+    ("llamagen_gpt_t2i", {"cls_token_num": 13}, "between 1 and the 12 that the weights have"),
     ("llamagen_gpt", {"cls_token_num": 120}, "cls_token_num=120"),
     ("llamagen_vq", {"norm_type": "batch"}, "norm_type=batch"),
 ]
@@ -96,7 +98,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_what_is_refused_is_named(importer: str, options: dict[str, Any], told: str) -> None:
     case = load(GOLDEN / f"{'dit_diffusers' if importer == 'diffusers_dit' else importer}.safetensors")
     with pytest.raises(UsageError, match=told):
-        import_module(f"genkit.importers.{importer}").convert(case.weights, case.config | options)
+        import_module(f"genkit.importers.{importer.removesuffix('_t2i')}").convert(case.weights, case.config | options)
 
 
 def test_perceptrons_of_llamagen_may_be_narrow() -> None:

@@ -1,26 +1,28 @@
 """Causal transformer over ids in raster order (Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation", LlamaGen, 2024).
 
-The network of Llama (Touvron et al., 2023): RMS norms before, gated perceptrons, no biases, rotary positions, here over the axes of the grid. The
-condition stands as a token before the first id. Differences from the paper: any causal mixer may take the place of attention; heads pair the first
+The network of Llama (Touvron et al., 2023): RMS norms before, gated perceptrons, no biases, rotary positions, here over the axes of the grid. A
+class stands as a token before the first id, a text as several. Differences from the paper: any causal mixer may take the place of attention; heads pair the first
 and second half of their channels in rotations (genkit.nn.rope), which an importer of weights makes up for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from genkit.errors import UsageError
 from genkit.interfaces import Cache, Cond, Layout
 from genkit.kernels.decode_block.op import compiled
 from genkit.mixers.attention import Attention, KeysValues
 from genkit.nn.causal_block import causal, init_normal
+from genkit.nn.context_prefix import ContextPrefix
 from genkit.nn.drop_path import DropPath
 from genkit.nn.dropout import Dropout
 from genkit.nn.embed import IdEmbedding, LabelEmbedding
@@ -39,7 +41,6 @@ ATTENTION: MixerSpec = {
     "bias": False,
     "is_causal": True,
 }
-PREFIX = 1  # tokens before the first id
 
 
 def hidden_of(dim: int, multiple_of: int) -> int:
@@ -95,8 +96,9 @@ class Block(nn.Module):
         held = cache[mixer.layer]
         keys, values = held.reserve(1, held.keys)
         weights = (self.mix_norm, mixer.qkv, mixer.proj, self.mlp_norm, self.mlp.up, self.mlp.down)
-        run = kernel(*[part.weight for part in weights], keys, values, self.eps)
-        return Step(run, held, keys, (mixer.head_dim, mixer.rope_base))
+        first = None if held.valid is None else (~held.valid).sum(1)  # padding stands in front
+        run = kernel(*[part.weight for part in weights], keys, values, self.eps, first)
+        return Step(run, held, keys, held.valid, (mixer.head_dim, mixer.rope_base))
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,14 @@ class Step:
     run: Callable[[Tensor, Tensor, Tensor, int], Tensor]
     held: KeysValues
     keys: Tensor  # that `run` writes to
+    valid: Tensor | None  # what `run` takes for padding
     turn: tuple[int, float]  # head_dim and base of its rotations
 
     @property
-    def has_room(self) -> bool:
-        return self.held.keys is self.keys and self.held.length < self.keys.shape[2]
+    def is_current(self) -> bool:
+        """Whether keys and padding still lie where they did, with room for one more."""
+        held = self.held
+        return held.keys is self.keys and held.valid is self.valid and held.length < self.keys.shape[2]
 
 
 class GPT(ModelMixin, ConfigMixin):
@@ -128,6 +133,9 @@ class GPT(ModelMixin, ConfigMixin):
         class_rope: rotary place of the condition's token. "zero" has no place, as in the released code: it is attended to with logit 0. "identity":
             it is at 0, as the first id is.
         context_dim, text_length: what every block attends to besides, see genkit.nn.told; the section `condition` of a recipe sets them.
+        context: "cross" as just said; "concat": vectors of width context_dim stand before the first id, in place of the class, as in the paper's
+            text-conditional networks.
+        context_length: of "concat", how many there are at most.
         null_class: whether the table of classes has a row for "none".
         norm_eps: of the RMS norms.
         token_dropout: on the embedded tokens.
@@ -156,6 +164,8 @@ class GPT(ModelMixin, ConfigMixin):
         class_rope: Literal["zero", "identity"] = "zero",
         context_dim: int | None = None,
         text_length: int | None = None,
+        context: Literal["cross", "concat"] = "cross",
+        context_length: int | None = None,
         null_class: bool = True,
         norm_eps: float = 1e-5,
         token_dropout: float = 0.0,
@@ -173,9 +183,11 @@ class GPT(ModelMixin, ConfigMixin):
             )
         make_mixer = maker("mixer", mixer)
         self.gradient_checkpointing = False
-        self.told = Told(dim=dim, context_dim=context_dim, text_length=text_length)
+        self.front = _context_prefix(context, dim, context_dim, text_length, context_length)
+        self.told = Told(dim=dim, context_dim=None if self.front else context_dim, text_length=text_length)
         self.embed = IdEmbedding(num_levels=1, num_rows=codebook_size, dim=dim)
-        self.label = LabelEmbedding(num_classes=num_classes, dim=dim, null_class=null_class)
+        if self.front is None:
+            self.label = LabelEmbedding(num_classes=num_classes, dim=dim, null_class=null_class)
         self.drop_tokens = Dropout(token_dropout)
         self.blocks = nn.ModuleList(
             Block(
@@ -217,15 +229,19 @@ class GPT(ModelMixin, ConfigMixin):
         """
         context = self._context(cond, cache)
         before = 0 if cache is None else cache.get("seen", 0)  # tokens whose keys and values are known
-        sequence = behind_prefix(layout, PREFIX, self.config["class_rope"])
-        h = self.embed.table(ids[:, max(0, before - PREFIX) :])  # [B, n, D]
+        valid: Tensor | None = None
+        sequence = behind_prefix(layout, self.prefix, self.config["class_rope"])
+        h = self.embed.table(ids[:, max(0, before - self.prefix) :])  # [B, n, D]
         if before == 0:
-            h = torch.cat([self.label(cond, ids.shape[0]).unsqueeze(1), h], dim=1)
+            front, valid = self._in_front(cond, ids.shape[0])
+            h = torch.cat([front, h], dim=1)
         h = self.drop_tokens(h)
         if cache is not None:
             cache.setdefault("num_tokens", sequence.coords.shape[1] - 1)  # what follows the last id is never asked for
             cache["seen"] = before + h.shape[1]
         tokens = part(sequence, before, before + h.shape[1])
+        if valid is not None:
+            tokens = replace(tokens, valid=pad(valid, (0, h.shape[1] - valid.shape[1]), value=True))
         steps = self._steps(h, tokens, cache) if before and h.shape[1] == 1 else None
         if steps is not None:
             h = h[:, 0]
@@ -240,6 +256,17 @@ class GPT(ModelMixin, ConfigMixin):
             else:
                 h = block(h, tokens, cache, context)
         return self.head(self.norm(h[:, -last:]))
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the first id."""
+        return 1 if self.front is None else self.front.length
+
+    def _in_front(self, cond: Cond, batch_size: int) -> tuple[Tensor, Tensor | None]:
+        """(tokens [B, prefix, D], which of them are no padding, None = all)."""
+        if self.front is None:
+            return self.label(cond, batch_size).unsqueeze(1), None
+        return self.front(cond, batch_size)
 
     def _context(self, cond: Cond, cache: Cache | None) -> tuple[Tensor, Tensor | None] | None:
         """What the blocks attend to and which of it is real; made once for a cache."""
@@ -256,7 +283,7 @@ class GPT(ModelMixin, ConfigMixin):
         if cache is None or not is_inference or tokens.coords.shape[0] > 1 or torch.compiler.is_compiling():
             return None
         steps = cache.get("quick")
-        if steps is None or not all(step.has_room for step in steps):
+        if steps is None or not all(step.is_current for step in steps):
             blocks = [cast(Block, block) for block in self.blocks]
             kernel = compiled(h[:, 0]) if all(block.is_plain for block in blocks) else None
             steps = cache["quick"] = [] if kernel is None else [block.step(cache, kernel) for block in blocks]
@@ -265,3 +292,21 @@ class GPT(ModelMixin, ConfigMixin):
     def step_counts(self, grid: tuple[int, ...]) -> list[int]:
         """How many ids each step of sampling draws."""
         return [1] * torch.Size(grid).numel()
+
+
+def _context_prefix(
+    context: str, dim: int, context_dim: int | None, text_length: int | None, context_length: int | None
+) -> ContextPrefix | None:
+    """What makes tokens of a context, None where it is attended to. Raises UsageError for options that do not go together."""
+    if context == "cross":
+        if context_length is not None:
+            raise UsageError(f"backbone.context_length={context_length} is of backbone.context=concat alone")
+        return None
+    if context_length is None or context_length < 1:
+        raise UsageError("backbone.context=concat needs backbone.context_length, how many vectors stand in front")
+    if context_dim is None:
+        raise UsageError(
+            "backbone.context=concat needs vectors: condition.type=captions with an encoder of transformers, or neighbours"
+            + (" (letters are attended to: backbone.context=cross)" if text_length is not None else "")
+        )
+    return ContextPrefix(dim=dim, context_dim=context_dim, length=context_length)

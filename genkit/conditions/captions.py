@@ -24,8 +24,8 @@ _CODE_POINT = re.compile(r"[0-9A-F]{4,6} ")  # in front of the names of emoji
 
 
 class Captions:
-    """cond["text"] [B, T] int64, bytes that the generator reads itself; or cond["context"] [B, T, E], the states of an encoder. An empty caption is
-    nothing. See genkit.interfaces.Condition.
+    """cond["text"] [B, T] int64, bytes that the generator reads itself; or cond["context"] [B, T, E], the states of an encoder, with
+    cond["said"] [B, T]. An empty caption is nothing. See genkit.interfaces.Condition.
 
     The caption of an emoji is its name ("grinning face"), of a shape what it is made of, of other images that of their class.
 
@@ -112,7 +112,8 @@ class Captions:
     def _cond(self, texts: Sequence[str], device: torch.device) -> Cond:
         if self.encoder is None:
             return {"text": bytes_of(texts, self.length).to(device)}
-        return {"context": self.encoder(texts).to(device)}
+        states = self.encoder(texts).to(device)
+        return {"context": states, "said": (states != 0).any(-1)}
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -133,10 +134,10 @@ class Encoder:
     """
 
     def __init__(self, name: str, length: int):
-        self.tokenizer, model = open_encoder(name, "text", "AutoTokenizer")
-        # Models of pairs (CLIP) and of translation (T5) have a part that reads.
+        self.tokenizer, model = open_encoder(name, "text")
+        # Models of pairs (CLIP) and of translation (BART) have a part that reads.
         model = getattr(model, "text_model", None) or (
-            model.get_encoder() if model.config.is_encoder_decoder else model
+            model.get_encoder() if model.config.is_encoder_decoder and hasattr(model, "decoder") else model
         )
         self.model = model.eval().requires_grad_(False)
         self.dim, self.length = int(self.model.config.hidden_size), length

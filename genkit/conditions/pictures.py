@@ -302,7 +302,7 @@ class Encoder:
     """
 
     def __init__(self, name: str, cells: int):
-        self.processor, model = open_encoder(name, "image", "AutoImageProcessor")
+        self.processor, model = open_encoder(name, "image")
         model = getattr(model, "vision_model", model)  # models of pairs (CLIP) have a part that looks
         self.model, self.cells = model.eval().requires_grad_(False), cells
         self.dim = int(self.model.config.hidden_size)

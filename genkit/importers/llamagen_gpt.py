@@ -1,4 +1,4 @@
-"""The class-conditional GPT of FoundationVision/LlamaGen (GPT-B to 3B)."""
+"""The GPT of FoundationVision/LlamaGen that is told a class (GPT-B to 3B) or a text (GPT-XL)."""
 
 from __future__ import annotations
 
@@ -39,19 +39,18 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 
     Args:
         config: of the original's options, `n_head` (by default that of the published size of this width), `block_size` (ids per image, 256),
-            `norm_eps` (1e-5), `rope_base` (10000), `class_dropout_prob` (0: no row for no class), and of dropout those that fine-tuning
-            needs: `token_dropout_p`, `resid_dropout_p`, `drop_path_rate`.
+            `norm_eps` (1e-5), `rope_base` (10000), `class_dropout_prob` (0: no row for no class), `cls_token_num` (tokens of a text, 120), and of
+            dropout those that fine-tuning needs: `token_dropout_p`, `resid_dropout_p`, `drop_path_rate`.
 
-    Raises: GenkitError for weights that do not fit, naming the keys; UsageError where the number of heads has to be told, and for networks that are told
-    texts.
+    Raises: GenkitError for weights that do not fit, naming the keys; UsageError where the number of heads has to be told.
     """
     options = config or {}
-    if options.get("model_type", "c2i") != "c2i" or has(state, "cls_embedding.cap_proj."):
+    reads = has(state, "cls_embedding.cap_proj.")
+    if (kind := options.get("model_type")) not in (None, "t2i" if reads else "c2i"):
         raise UsageError(
-            f"model_type={options.get('model_type', 't2i')} of {WHAT} is not supported, only c2i: the features that go in front of the ids come from a "
-            "text encoder (T5) that is not part of these weights"
+            f"model_type={kind} of {WHAT}: these weights are told {'a text (t2i)' if reads else 'a class (c2i)'}"
         )
-    if int(options.get("cls_token_num", 1)) != 1:
+    if not reads and int(options.get("cls_token_num", 1)) != 1:
         raise UsageError(
             f"cls_token_num={options['cls_token_num']} of {WHAT} is not supported, only 1: a class is one token"
         )
@@ -65,11 +64,10 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     if side**2 != block_size:
         raise UsageError(f"block_size={block_size} is no square grid")
     hidden = shape(state, "layers.0.feed_forward.w1.weight", WHAT)[0]
+    told: dict[str, Any] = _of_text(state, options) if reads else _of_class(state, options)
     network = GPT(
         codebook_size=codebook_size,
         num_levels=1,
-        num_classes=num_classes(state, "cls_embedding.embedding_table.weight", options, WHAT),
-        null_class=has_null_class(options),
         grid=(side, side),
         dim=dim,
         depth=count(state, "layers.{}."),
@@ -88,13 +86,46 @@ def convert(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
         token_dropout=float(options.get("token_dropout_p", 0.1)),
         dropout=float(options.get("resid_dropout_p", 0.1)),
         drop_path=float(options.get("drop_path_rate", 0.0)),
+        **told,
     )
-    fill(network, _halved(state, num_heads, num_kv_heads, head_dim), RULES, IGNORED, WHAT)
+    own = _halved(state, num_heads, num_kv_heads, head_dim)
+    if reads:
+        own[NOTHING] = own[NOTHING][: told["context_length"]]
+    fill(network, own, RULES, IGNORED, WHAT)
     return network.eval()
 
 
+def _of_class(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_classes": num_classes(state, "cls_embedding.embedding_table.weight", options, WHAT),
+        "null_class": has_null_class(options),
+    }
+
+
+def _of_text(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
+    rows, width = shape(state, NOTHING, WHAT)
+    length = int(options.get("cls_token_num", rows))
+    if not 1 <= length <= rows:
+        raise UsageError(f"cls_token_num={length} of {WHAT} must be between 1 and the {rows} that the weights have")
+    return {"num_classes": 0, "context": "concat", "context_dim": width, "context_length": length}
+
+
 def sampling(network: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """How the paper draws images for its figures of FID: everything may be drawn, guided by 2 (1.65 to 2 are best)."""
+    """How the authors draw. Of a class, for the paper's figures of FID: everything may be drawn, guided by 2 (1.65 to 2 are best). Of a text, in their
+    demonstration: guided by 7.5, from the 1,000 likeliest ids.
+
+    Args:
+        config: of the original's options, of a text, `t5_path` and `t5_model_type`: the folder of the text encoder and its name there.
+    """
+    options = config or {}
+    if network.config["context"] == "concat":
+        encoder = str(options.get("t5_model_type", "flan-t5-xl"))
+        encoder = f"{options['t5_path']}/{encoder}" if "t5_path" in options else f"google/{encoder}"
+        return {
+            "objective": {"type": "next_token"},
+            "sampler": {"type": "autoregressive", "guidance": 7.5, "top_k": min(1000, network.config["codebook_size"])},
+            "condition": {"type": "captions", "encoder": encoder, "length": network.config["context_length"]},
+        }
     return {
         "objective": {"type": "next_token"},
         "sampler": {"type": "autoregressive", "guidance": 2.0},
@@ -124,7 +155,11 @@ def _halved(state: Mapping[str, Tensor], num_heads: int, num_kv_heads: int, head
     return found
 
 
+NOTHING = "cls_embedding.uncond_embedding"
 RULES: Rules = [
+    (r"front\.up\.weight", "cls_embedding.cap_proj.fc1.weight"),
+    (r"front\.down\.weight", "cls_embedding.cap_proj.fc2.weight"),
+    (r"front\.nothing", NOTHING),
     (r"embed\.table\.weight", "tok_embeddings.weight"),
     (r"label\.table\.weight", "cls_embedding.embedding_table.weight"),
     (r"blocks\.(\d+)\.mix_norm\.weight", "layers.{0}.attention_norm.weight"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from genkit.errors import UsageError
 from genkit.interfaces import ATTEND, Cache, Layout
@@ -80,14 +80,13 @@ class Attention(nn.Module):
         if not self.is_causal:
             attended = attend(q, k, v, grid=layout.grid, valid=layout.valid, cache=cache)  # [B, H, N, K]
             return self.proj(attended.transpose(1, 2).flatten(2))
-        num_before = 0
+        num_before, valid = 0, layout.valid
         if cache is not None:
-            if layout.valid is not None:
-                raise UsageError("mixer.type=attention: tokens generated with a cache cannot be padded")
-            num_before, k, v = cache.setdefault(self.layer, KeysValues(cache.get("num_tokens", 0))).append(k, v)
-        is_square, mask = layout.valid is None and num_before == 0, None
+            held = cache.setdefault(self.layer, KeysValues(cache.get("num_tokens", 0)))
+            num_before, k, v, valid = held.append(k, v, valid)
+        is_square, mask = valid is None and num_before == 0, None
         if not is_square:
-            mask = causal_mask(q.shape[2], num_before, layout.valid, q.device)
+            mask = causal_mask(q.shape[2], num_before, valid, q.device)
         is_grouped = self.num_kv_heads < self.num_heads
         attended = scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_square, enable_gqa=is_grouped
@@ -98,6 +97,9 @@ class Attention(nn.Module):
 def causal_mask(num_new: int, num_before: int, valid: Tensor | None, device: torch.device) -> Tensor | None:
     """What each of num_new tokens may see of the num_before + num_new, bool broadcastable to [B, H, new, all]; None = everything.
 
+    Args:
+        valid: [B, num_before + num_new] bool, False = padding.
+
     Every token sees itself, padded or not: a row without a key would be NaN, and its gradient would reach all weights.
     """
     if num_new == 1 and valid is None:
@@ -105,7 +107,7 @@ def causal_mask(num_new: int, num_before: int, valid: Tensor | None, device: tor
     mask = torch.ones(num_new, num_before + num_new, dtype=torch.bool, device=device).tril(num_before)
     if valid is None:
         return mask
-    itself = torch.eye(num_new, dtype=torch.bool, device=device)
+    itself = torch.ones_like(mask).triu(num_before) & mask
     return mask & valid[:, None, None, :] | itself
 
 
@@ -118,6 +120,7 @@ class KeysValues:
 
     def __init__(self, num_tokens: int):
         self.num_tokens, self.length = num_tokens, 0
+        self.valid: Tensor | None = None  # [B, m] bool, False = padding among the first m tokens
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
@@ -133,13 +136,23 @@ class KeysValues:
             self.keys, self.values = keys, values
         return self.keys, self.values
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[int, Tensor, Tensor]:
-        """(number of tokens before, keys, values of all) once k and v [B, H, n, K] are behind the others."""
+    def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> tuple[int, Tensor, Tensor, Tensor | None]:
+        """(number of tokens before; keys and values of all; which of all are no padding, None = all) once k and v [B, H, n, K] are behind the others."""
         self.keys, self.values = self.reserve(k.shape[2], k)
         before, self.length = self.length, self.length + k.shape[2]
         self.keys[:, :, before : self.length] = k.detach()
         self.values[:, :, before : self.length] = v.detach()
-        return before, self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        if valid is not None:
+            earlier = self._valid(before)
+            all_real = valid.new_ones(valid.shape[0], before)
+            self.valid = torch.cat([all_real if earlier is None else earlier, valid], dim=1)
+        known = slice(0, self.length)
+        return before, self.keys[:, :, known], self.values[:, :, known], self._valid(self.length)
+
+    def _valid(self, length: int) -> Tensor | None:
+        if self.valid is None:
+            return None
+        return pad(self.valid, (0, length - self.valid.shape[1]), value=True)
 
     def select(self, rows: Tensor) -> None:
         """Sample i goes on as sample rows[i] has come so far: rows [B] int64."""
@@ -147,6 +160,8 @@ class KeysValues:
             used = slice(0, self.length)
             self.keys[:, :, used] = self.keys[rows, :, used]
             self.values[:, :, used] = self.values[rows, :, used]
+        if self.valid is not None:
+            self.valid = self.valid[rows]
 
     def truncate(self, length: int) -> None:
         """Forget all but the first tokens."""

@@ -57,7 +57,7 @@ class ScaleAttention(nn.Module):
             q, k = q.to(v.dtype), k.to(v.dtype)  # the norm runs in float32 under autocast
         before = 0
         if cache is not None and "num_tokens" in cache:
-            before, k, v = cache.setdefault(self.layer, KeysValues(cache["num_tokens"])).append(k, v)
+            before, k, v, _ = cache.setdefault(self.layer, KeysValues(cache["num_tokens"])).append(k, v)
         number = layout.coords[..., 0]  # [B or 1, N]
         mask = (number[:, :, None] >= number[:, None, :]).unsqueeze(1)  # [B or 1, 1, N, N]
         mask = torch.nn.functional.pad(mask, (before, 0), value=True)

@@ -149,7 +149,7 @@ static void attend(const float* q, const float* keys, const float* values, float
 
 // Room in floats: B (D + (H + 2 G) K + H K + F), and for each thread `room` + W.
 extern "C" void decode_block(const float* x, float* out, const float* norm1, const float* wqkv, const float* wo, const float* norm2, const float* wup,
-                             const float* wdown, const float* cosine, const float* sine, float* keys, float* values, int64_t B, int64_t D, int64_t H,
+                             const float* wdown, const float* cosine, const float* sine, float* keys, float* values, const int64_t* first_seen, int64_t B, int64_t D, int64_t H,
                              int64_t G, int64_t K, int64_t F, int64_t length, int64_t room, float eps) {
   const int64_t heads = H + 2 * G;
   std::vector<float> memory(B * (D + heads * K + H * K + F));
@@ -169,7 +169,7 @@ extern "C" void decode_block(const float* x, float* out, const float* norm1, con
 #pragma omp barrier
 #pragma omp for
     for (int64_t i = 0; i < B * G; ++i) {
-      const int64_t b = i / G, g = i % G;
+      const int64_t b = i / G, g = i % G, before = first_seen ? first_seen[b] : 0, seen = (b * G + g) * room + before;
       float* k = qkv + (b * heads + H + g) * K;
       float* own = keys + ((b * G + g) * room + length) * K;
       turn(k, cosine, sine, K / 2);
@@ -178,7 +178,7 @@ extern "C" void decode_block(const float* x, float* out, const float* norm1, con
       for (int64_t h = g * (H / G); h < (g + 1) * (H / G); ++h) {
         float* q = qkv + (b * heads + h) * K;
         turn(q, cosine, sine, K / 2);
-        attend(q, keys + (b * G + g) * room * K, values + (b * G + g) * room * K, mixed + (b * H + h) * K, scores.data(), length + 1, K, scale);
+        attend(q, keys + seen * K, values + seen * K, mixed + (b * H + h) * K, scores.data(), length + 1 - before, K, scale);
       }
     }
     product(wo, first(D), last(D), mixed, H * K, B, [&](int64_t m, int64_t b, float y) { out[b * D + m] = x[b * D + m] + y; });

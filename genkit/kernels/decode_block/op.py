@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, int64
 
 from genkit.dispatch import Operation
 
@@ -25,6 +25,7 @@ def decode_block(
     values: Tensor,
     length: int,
     eps: float,
+    first: Tensor | None = None,
     path: str | None = None,
 ) -> Tensor:
     """x [B, D] -> h + wdown (silu(gate) value) with (gate, value) = wup rms(h) norm2 and h = x + wo attention(wqkv rms(x) norm1).
@@ -38,6 +39,7 @@ def decode_block(
         cos, sin: [K / 2], the turn of the pairs (j, j + K / 2) of every query and key at the new token's place.
         keys, values: [B, G, room, K], contiguous, of which the first `length` are known; the new token's are written behind them. G divides H.
         eps: of the norms.
+        first: [B] int64 in 0 .. length, the first token that each sample sees, as those before it are padding; None = 0.
         path: see genkit.dispatch.
 
     Raises: ValueError for shapes that do not fit; UsageError for a path that cannot run.
@@ -65,7 +67,11 @@ def decode_block(
         raise ValueError(f"wqkv has {rows} heads of {K} channels, which {G} heads of keys and of values do not fit")
     if not 0 <= length < room:
         raise ValueError(f"length={length} must be in 0..{room - 1}: keys have room for {room} tokens")
-    return _decode_block(path, x, norm1, wqkv, wo, norm2, wup, wdown, cos, sin, keys, values, length, eps)
+    if first is not None and (first.dtype != int64 or tuple(first.shape) != (B,)):
+        raise ValueError(f"first is {first.dtype} {list(first.shape)}, expected int64 [{B}]")
+    if first is not None and not bool(((first >= 0) & (first <= length)).all()):
+        raise ValueError(f"first is in {int(first.min())}..{int(first.max())}, expected 0..{length}")
+    return _decode_block(path, x, norm1, wqkv, wo, norm2, wup, wdown, cos, sin, keys, values, length, eps, first)
 
 
 def compiled(x: Tensor) -> Callable[..., Callable[..., Tensor]] | None:

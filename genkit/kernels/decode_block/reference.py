@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, cat
+from torch import Tensor, arange, cat
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 
@@ -20,6 +20,7 @@ def decode_block(
     values: Tensor,
     length: int,
     eps: float,
+    first: Tensor | None = None,
 ) -> Tensor:
     B, G, _, K = keys.shape
     qkv = linear(rms_norm(x, norm1.shape, norm1, eps), wqkv).view(B, -1, K)  # [B, H + 2 G, K]
@@ -28,7 +29,10 @@ def decode_block(
     q, k = turned[:, :-G], turned[:, -G:]
     keys[:, :, length], values[:, :, length] = k, qkv[:, -G:]
     known = slice(0, length + 1)
-    mixed = scaled_dot_product_attention(q.unsqueeze(2), keys[:, :, known], values[:, :, known], enable_gqa=True)
+    is_seen = None if first is None else (arange(length + 1, device=x.device) >= first[:, None])[:, None, None]
+    mixed = scaled_dot_product_attention(
+        q.unsqueeze(2), keys[:, :, known], values[:, :, known], is_seen, enable_gqa=True
+    )
     h = x + linear(mixed.flatten(1), wo)
     gate, value = linear(rms_norm(h, norm2.shape, norm2, eps), wup).chunk(2, dim=-1)
     return h + linear(silu(gate) * value, wdown)
