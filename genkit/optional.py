@@ -16,6 +16,7 @@ EXTRAS = {
     "tensorboard": "train",
     "torch_fidelity": "eval",
     "torchvision": "data",
+    "transformers": "encoders",
     "vector_quantize_pytorch": "bench",
 }
 # Import name -> Debian packages of the system libraries its wheel expects and does not bring.
@@ -32,11 +33,12 @@ def require(name: str) -> ModuleType:
 
     Raises: GenkitError naming the extra for a missing package, and the Debian packages for a missing system library.
     """
+    package = name.partition(".")[0]
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name and error.name.partition(".")[0] == name:
-            raise GenkitError(f"{name} is not installed; pip install 'genkit-torch[{EXTRAS[name]}]'") from None
+        if error.name and error.name.partition(".")[0] == package:
+            raise GenkitError(f"{package} is not installed; pip install 'genkit-torch[{EXTRAS[package]}]'") from None
         raise GenkitError(f"{name} is installed, but a module it needs is not: {error}") from None
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())

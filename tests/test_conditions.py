@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,12 @@ def test_a_text_encoder_of_transformers_is_attended_to(tmp_path, kind, capfd):
     assert (context[2] == 0).all(), "no caption is nothing"
     encoder = Encoder(str(tmp_path), 6)
     torch.testing.assert_close(encoder(["hat", "red hat"])[1], context[0], atol=1e-6, rtol=0)
+
+
+def test_a_missing_transformers_names_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(GenkitError, match=r"transformers is not installed; pip install 'genkit-torch\[encoders\]'"):
+        Captions(encoder="google/flan-t5-xl")
 
 
 def _states(model, given):
