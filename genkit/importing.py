@@ -3,8 +3,8 @@
 An importer is a file of genkit/importers with a function convert(state, config) -> tokenizer or backbone; its name, with dashes, is the word after
 --from, its first line says whose weights it reads. Its table IGNORED (pattern of a key -> reason) says what it leaves aside. Beside a backbone's
 there is sampling(backbone, config) -> {"objective": ..., "sampler": ..., and where it is not told a class "condition": ...}, how its authors draw from
-it, with what the config says of that. Where the original itself can be asked,
-compare(state, config, module) -> figures for --check; SIZE: pixels per side of its images. Files are read by genkit.foreign.
+it, with what the config says of that. Where the original itself can be asked, compare(state, config, module) -> figures for --check; SIZE: pixels per side
+of its images. Files are read by genkit.foreign.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from genkit.objectives.dropping import drop
 from genkit.objectives.next_token import NextToken
 from genkit.rng import Rng
 from genkit.samplers.autoregressive import Autoregressive
-from genkit.samplers.beam import Beam
+from genkit.samplers.beam import Beam, reorder
 
 GRID, LENGTH = (3, 4), 6
 LAYOUT = dense_layout(GRID)
@@ -77,6 +77,19 @@ def test_cached_steps_equal_one_pass(lengths, monkeypatch):
         found = torch.cat([predict(given[:, :n], cache) for n in range(12)], dim=1)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert bool(cache.get("quick")) == (path == "cpu")
+
+
+@torch.no_grad()
+def test_padding_goes_along_where_samples_change_places():
+    model, given, cache = network(), ids(2), {}
+    context, rows = said(6, 2), torch.tensor([1, 0])
+    predict = NextToken().predictor(model, {"context": context}, LAYOUT)
+    for n in range(6):
+        predict(given[:, :n], cache)
+    reorder(cache, rows, 2)
+    swapped = NextToken().predictor(model, {"context": context[rows]}, LAYOUT)
+    for n in (6, 7):
+        torch.testing.assert_close(predict(given[rows, :n], cache), swapped(given[rows, :n]), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

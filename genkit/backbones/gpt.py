@@ -1,8 +1,8 @@
 """Causal transformer over ids in raster order (Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation", LlamaGen, 2024).
 
 The network of Llama (Touvron et al., 2023): RMS norms before, gated perceptrons, no biases, rotary positions, here over the axes of the grid. A
-class stands as a token before the first id, a text as several. Differences from the paper: any causal mixer may take the place of attention; heads pair the first
-and second half of their channels in rotations (genkit.nn.rope), which an importer of weights makes up for.
+class stands as a token before the first id, a text as several. Differences from the paper: any causal mixer may take the place of attention; heads pair
+the first and second half of their channels in rotations (genkit.nn.rope), which an importer of weights makes up for.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class GPT(ModelMixin, ConfigMixin):
         make_mixer = maker("mixer", mixer)
         self.gradient_checkpointing = False
         self.front = _context_prefix(context, dim, context_dim, text_length, context_length)
-        self.told = Told(dim=dim, context_dim=None if self.front else context_dim, text_length=text_length)
+        self.told = Told(dim=dim, context_dim=context_dim if self.front is None else None, text_length=text_length)
         self.embed = IdEmbedding(num_levels=1, num_rows=codebook_size, dim=dim)
         if self.front is None:
             self.label = LabelEmbedding(num_classes=num_classes, dim=dim, null_class=null_class)

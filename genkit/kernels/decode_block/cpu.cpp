@@ -149,8 +149,8 @@ static void attend(const float* q, const float* keys, const float* values, float
 
 // Room in floats: B (D + (H + 2 G) K + H K + F), and for each thread `room` + W.
 extern "C" void decode_block(const float* x, float* out, const float* norm1, const float* wqkv, const float* wo, const float* norm2, const float* wup,
-                             const float* wdown, const float* cosine, const float* sine, float* keys, float* values, const int64_t* first_seen, int64_t B, int64_t D, int64_t H,
-                             int64_t G, int64_t K, int64_t F, int64_t length, int64_t room, float eps) {
+                             const float* wdown, const float* cosine, const float* sine, float* keys, float* values,
+                             const int64_t* first_seen, int64_t B, int64_t D, int64_t H, int64_t G, int64_t K, int64_t F, int64_t length, int64_t room, float eps) {
   const int64_t heads = H + 2 * G;
   std::vector<float> memory(B * (D + heads * K + H * K + F));
   float *normed = memory.data(), *qkv = normed + B * D, *mixed = qkv + B * heads * K, *hidden = mixed + B * H * K;
