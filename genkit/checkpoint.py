@@ -94,9 +94,10 @@ def open_run_folder(path: Path, config: configs.Config, source: str | None) -> R
         changes = configs.diff(_with_new_options(Run(path).config), config, free=configs.FREE)
         if changes and _has_begun(path):
             listed = "\n  ".join(changes)
+            from_here = f" (train.init={path} starts it from these weights)" if Run(path).last else ""
             raise UsageError(
                 f"run {path} was started with another config:\n  {listed}\n"
-                f"undo the change to continue it, choose another --name to start a new run, or remove {path}"
+                f"undo the change to continue it, choose another --name to start a new run{from_here}, or remove {path}"
             )
     elif (path / "checkpoints").exists():
         raise UsageError(

@@ -139,7 +139,7 @@ def measure(out: Path, given: Path | None, count: int, only: list[str]) -> None:
     for host, (_, generator) in FINE.items():
         if not (out / generator / "checkpoints" / "last").exists():
             continue
-        for label, seed in itertools.product(FINE_CHOICES[host], SEEDS):
+        for seed, label in itertools.product(SEEDS, FINE_CHOICES[host]):
             changes = fine(host, label)
             keep(f"fine {host} {label} {seed}", lambda g=generator, s=seed, c=changes: timed(out / g, FINE_COUNT, s, c))
     for grid in (16, 32):
@@ -162,9 +162,9 @@ def choice(how: tuple[int, int, str], end: float) -> list[str]:
 
 
 def fine(host: str, label: str) -> list[str]:
-    """Changes of the sampler of a generator of 256 tokens."""
+    """Changes of the sampler of a generator of 256 tokens; noise, temperature and guidance stay the recipe's."""
     steps, light, _ = CHOICES[label]
-    return choice(CHOICES[label], ENDS[1]) if host == "MaskGIT" else reuse(host, 0, light, steps)
+    return choice(CHOICES[label], 1.0) if host == "MaskGIT" else reuse(host, 0, light, steps)
 
 
 def distance(run: Path, count: int, seed: int, sampler: list[str], features: str = "fashion-cnn") -> float:

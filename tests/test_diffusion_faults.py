@@ -156,9 +156,10 @@ def test_a_mistake_at_the_start_does_not_take_the_name(tmp_path, capsys):
     fails(["train", str(wrong), "--out", str(tmp_path), "--device", "cpu"], "is no scheduler", capsys)
     right = write(tmp_path, "run")
     assert main(["train", str(right), "--out", str(tmp_path), "--device", "cpu", "-q"]) == 0
-    fails(
-        ["train", str(right), "train.lr=1", "--out", str(tmp_path)], "was started with another config", _Whole(capsys)
-    )
+    more = ["train", str(right), "train.num_samples=64", "--out", str(tmp_path), "--device", "cpu", "-q"]
+    fails(more, "was started with another config", _Whole(capsys))
+    fails(more, f"a new run (train.init={tmp_path / 'run'} starts it from these weights)", _Whole(capsys))
+    assert main([*more, "--name", "longer", f"train.init={tmp_path / 'run'}"]) == 0  # as the error says
 
 
 class _Whole:
