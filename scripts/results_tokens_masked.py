@@ -49,11 +49,18 @@ MEASURED = {"16 full": "fd MaskGIT 0 0", "8 full": "fd MaskGIT 8 steps"}  # with
 ENDS = (1.0, 0.65)  # what the temperature of the draw falls to; the second is the paper's of 16 steps
 RUNS = {"MaskGIT": "masked", "MAR": "mar"}  # trained on the same tokens
 RESGEN_STEPS = 16
-# 64x64 emoji in 16x16 tokens: tokenizer, generator, and what its sampler is compared by, as CHOICES.
+# 64x64 emoji in 16x16 tokens: tokenizer, generator, and what its sampler is compared by: of CHOICES, and what the temperature of the draw falls to (of ids).
 FINE = {"MaskGIT": ("vq-emoji-fine", "masked-emoji"), "MAR": ("kl-emoji-fine", "mar-emoji")}
-FINE_CHOICES = {
-    "MaskGIT": ("all full", "chosen once", "chosen anew", "8 full"),
-    "MAR": ("all full", "chosen once", "8 full"),
+FINE_CHOICES: dict[str, tuple[tuple[str, float | None], ...]] = {
+    "MaskGIT": (
+        ("all full", 1),
+        ("chosen once", 1),
+        ("chosen once", 0.8),
+        ("chosen anew", 1),
+        ("8 full", 1),
+        ("8 full", 0.8),
+    ),
+    "MAR": (("all full", None), ("chosen once", None), ("8 full", None)),
 }
 FINE_COUNT = 300  # images of each; five times as many tokens take their time
 SIZE = ["backbone.dim=160", "backbone.depth=3"]  # of ResGen: 1.46 million weights
@@ -139,9 +146,10 @@ def measure(out: Path, given: Path | None, count: int, only: list[str]) -> None:
     for host, (_, generator) in FINE.items():
         if not (out / generator / "checkpoints" / "last").exists():
             continue
-        for seed, label in itertools.product(SEEDS, FINE_CHOICES[host]):
-            changes = fine(host, label)
-            keep(f"fine {host} {label} {seed}", lambda g=generator, s=seed, c=changes: timed(out / g, FINE_COUNT, s, c))
+        for seed, (label, end) in itertools.product(SEEDS, FINE_CHOICES[host]):
+            changes = fine(label, end)
+            name = f"{fine_name(host, label, end)} {seed}"
+            keep(name, lambda g=generator, s=seed, c=changes: timed(out / g, FINE_COUNT, s, c))
     for grid in (16, 32):
         for host in RUNS:
             keep(f"speed {host} {grid * grid}", lambda host=host, grid=grid: speeds(host, grid))
@@ -157,14 +165,18 @@ def choice(how: tuple[int, int, str], end: float) -> list[str]:
     """Changes of the sampler: no leading full steps; the temperature of the draw falls to `end` along a root, as in the paper."""
     steps, light, chosen = how
     spec = {"type": "recap", "light": light, "choice": chosen}
-    anneal = [f"softmax_end={end}", "softmax_power=0.5"] if end != 1 else []
+    anneal = [f"softmax_end={end}", "softmax_power=0.5"]
     return [f"num_steps={steps}", f"reuse={json.dumps(spec)}" if light else "reuse=null", *anneal]
 
 
-def fine(host: str, label: str) -> list[str]:
-    """Changes of the sampler of a generator of 256 tokens; noise, temperature and guidance stay the recipe's."""
+def fine(label: str, end: float | None) -> list[str]:
+    """Changes of the sampler of a generator of 256 tokens; noise and guidance stay the recipe's."""
     steps, light, _ = CHOICES[label]
-    return choice(CHOICES[label], 1.0) if host == "MaskGIT" else reuse(host, 0, light, steps)
+    return reuse("MAR", 0, light, steps) if end is None else choice(CHOICES[label], end)
+
+
+def fine_name(host: str, label: str, end: float | None) -> str:
+    return f"fine {host} {label}" + ("" if end is None else f", {end:g},")
 
 
 def distance(run: Path, count: int, seed: int, sampler: list[str], features: str = "fashion-cnn") -> float:
@@ -306,18 +318,21 @@ def choice_table(found: dict[str, Any]) -> str:
 
 def fine_table(found: dict[str, Any]) -> str:
     rows = []
-    for host, labels in FINE_CHOICES.items():
-        times = {label: [second for _, second in taken(found, f"fine {host} {label}")] for label in labels}
-        for label in labels:
+    for host, choices in FINE_CHOICES.items():
+        full = [second for _, second in taken(found, fine_name(host, *choices[0]))]
+        for label, end in choices:
             steps, light, chosen = CHOICES[label]
+            own = taken(found, fine_name(host, label, end))
             cells = ["not measured"] * 3
-            if times[label] and times[labels[0]]:
-                own, full = (statistics.mean(times[which]) for which in (label, labels[0]))
-                values = [value for value, _ in taken(found, f"fine {host} {label}")]
-                cells = [mean_of(values), f"{1000 * own:.0f}", f"{full / own:.2f}"]
+            if own and full:
+                seconds = statistics.mean(second for _, second in own)
+                times = f"{statistics.mean(full) / seconds:.2f}"
+                cells = [mean_of([value for value, _ in own]), f"{1000 * seconds:.0f}", times]
             order = "" if host == "MAR" else f"{chosen}, "  # MAR's is random
-            rows.append((host, str(steps), f"{order}{light} per full one" if light else "none", *cells))
-    return table(("generator", "steps", "light steps choose", "FD", "CPU ms per image", "times as fast"), rows)
+            falls = "" if end is None else "1" if end == 1 else f"1 to {end:g}"
+            rows.append((host, str(steps), f"{order}{light} per full one" if light else "none", falls, *cells))
+    head = ("generator", "steps", "light steps choose", "temperature", "FD", "CPU ms per image", "times as fast")
+    return table(head, rows)
 
 
 def choice_speed(found: dict[str, Any], steps: int, light: int, chosen: str, tokens: int) -> float | None:
