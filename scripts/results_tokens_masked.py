@@ -16,7 +16,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pages import RESULTS, Store, fill, table
@@ -49,18 +49,29 @@ MEASURED = {"16 full": "fd MaskGIT 0 0", "8 full": "fd MaskGIT 8 steps"}  # with
 ENDS = (1.0, 0.65)  # what the temperature of the draw falls to; the second is the paper's of 16 steps
 RUNS = {"MaskGIT": "masked", "MAR": "mar"}  # trained on the same tokens
 RESGEN_STEPS = 16
-# 64x64 emoji in 16x16 tokens: tokenizer, generator, and what its sampler is compared by: of CHOICES, and what the temperature of the draw falls to (of ids).
+# 64x64 emoji in 16x16 tokens: tokenizer, generator, and what its sampler is compared by; noise and guidance stay the recipe's.
 FINE = {"MaskGIT": ("vq-emoji-fine", "masked-emoji"), "MAR": ("kl-emoji-fine", "mar-emoji")}
-FINE_CHOICES: dict[str, tuple[tuple[str, float | None], ...]] = {
-    "MaskGIT": (
-        ("all full", 1),
-        ("chosen once", 1),
-        ("chosen once", 0.8),
-        ("chosen anew", 1),
-        ("8 full", 1),
-        ("8 full", 0.8),
-    ),
-    "MAR": (("all full", None), ("chosen once", None), ("8 full", None)),
+
+
+class Fine(NamedTuple):
+    steps: int
+    light: int = 0  # per full one
+    chosen: str = "once"  # what light steps of ids fill
+    end: float = 1.0  # what the temperature of the draw of ids falls to
+    alone: int = 0  # leading full steps
+
+
+FINE_CHOICES = {
+    "MaskGIT": {
+        "all full": Fine(32),
+        "chosen once": Fine(32, 3),
+        "chosen once to 0.8": Fine(32, 3, end=0.8),
+        "4 full first to 0.8": Fine(32, 3, end=0.8, alone=4),
+        "chosen anew": Fine(32, 3, "anew"),
+        "8 full": Fine(8),
+        "8 full to 0.8": Fine(8, end=0.8),
+    },
+    "MAR": {"all full": Fine(32), "chosen once": Fine(32, 3), "8 full": Fine(8)},
 }
 FINE_COUNT = 300  # images of each; five times as many tokens take their time
 SIZE = ["backbone.dim=160", "backbone.depth=3"]  # of ResGen: 1.46 million weights
@@ -146,10 +157,9 @@ def measure(out: Path, given: Path | None, count: int, only: list[str]) -> None:
     for host, (_, generator) in FINE.items():
         if not (out / generator / "checkpoints" / "last").exists():
             continue
-        for seed, (label, end) in itertools.product(SEEDS, FINE_CHOICES[host]):
-            changes = fine(label, end)
-            name = f"{fine_name(host, label, end)} {seed}"
-            keep(name, lambda g=generator, s=seed, c=changes: timed(out / g, FINE_COUNT, s, c))
+        for seed, (label, setting) in itertools.product(SEEDS, FINE_CHOICES[host].items()):
+            changes = fine(host, setting)
+            keep(f"fine {host} {label} {seed}", lambda g=generator, s=seed, c=changes: timed(out / g, FINE_COUNT, s, c))
     for grid in (16, 32):
         for host in RUNS:
             keep(f"speed {host} {grid * grid}", lambda host=host, grid=grid: speeds(host, grid))
@@ -161,22 +171,19 @@ def reuse(host: str, alone: int, light: int, steps: int) -> list[str]:
     return [f"num_steps={steps}", f"reuse={json.dumps(spec)}" if light else "reuse=null"]
 
 
-def choice(how: tuple[int, int, str], end: float) -> list[str]:
-    """Changes of the sampler: no leading full steps; the temperature of the draw falls to `end` along a root, as in the paper."""
+def choice(how: tuple[int, int, str], end: float, alone: int = 0) -> list[str]:
+    """Changes of the sampler of ids; the temperature of the draw falls to `end` along a root, as in the paper."""
     steps, light, chosen = how
-    spec = {"type": "recap", "light": light, "choice": chosen}
+    spec = {"type": "recap", "full_steps": alone, "light": light, "choice": chosen}
     anneal = [f"softmax_end={end}", "softmax_power=0.5"]
     return [f"num_steps={steps}", f"reuse={json.dumps(spec)}" if light else "reuse=null", *anneal]
 
 
-def fine(label: str, end: float | None) -> list[str]:
-    """Changes of the sampler of a generator of 256 tokens; noise and guidance stay the recipe's."""
-    steps, light, _ = CHOICES[label]
-    return reuse("MAR", 0, light, steps) if end is None else choice(CHOICES[label], end)
-
-
-def fine_name(host: str, label: str, end: float | None) -> str:
-    return f"fine {host} {label}" + ("" if end is None else f", {end:g},")
+def fine(host: str, how: Fine) -> list[str]:
+    """Changes of the sampler of a generator of 256 tokens."""
+    if host == "MAR":
+        return reuse(host, how.alone, how.light, how.steps)
+    return choice((how.steps, how.light, how.chosen), how.end, how.alone)
 
 
 def distance(run: Path, count: int, seed: int, sampler: list[str], features: str = "fashion-cnn") -> float:
@@ -319,18 +326,19 @@ def choice_table(found: dict[str, Any]) -> str:
 def fine_table(found: dict[str, Any]) -> str:
     rows = []
     for host, choices in FINE_CHOICES.items():
-        full = [second for _, second in taken(found, fine_name(host, *choices[0]))]
-        for label, end in choices:
-            steps, light, chosen = CHOICES[label]
-            own = taken(found, fine_name(host, label, end))
-            cells = ["not measured"] * 3
+        full = [second for _, second in taken(found, f"fine {host} all full")]
+        for label, how in choices.items():
+            own, cells = taken(found, f"fine {host} {label}"), ["not measured"] * 3
             if own and full:
                 seconds = statistics.mean(second for _, second in own)
                 times = f"{statistics.mean(full) / seconds:.2f}"
                 cells = [mean_of([value for value, _ in own]), f"{1000 * seconds:.0f}", times]
-            order = "" if host == "MAR" else f"{chosen}, "  # MAR's is random
-            falls = "" if end is None else "1" if end == 1 else f"1 to {end:g}"
-            rows.append((host, str(steps), f"{order}{light} per full one" if light else "none", falls, *cells))
+            light = f"{how.chosen}, {how.light} per full one" if how.light else "none"
+            light += f", after {how.alone} full ones" if how.alone else ""
+            falls = "1" if how.end == 1 else f"1 to {how.end:g}"
+            # MAR's order is random, and what it draws has a temperature of another kind.
+            told = (light, falls) if host == "MaskGIT" else (light.removeprefix("once, "), "")
+            rows.append((host, str(how.steps), *told, *cells))
     head = ("generator", "steps", "light steps choose", "temperature", "FD", "CPU ms per image", "times as fast")
     return table(head, rows)
 
