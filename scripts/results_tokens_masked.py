@@ -35,25 +35,11 @@ TOY = ROOT / "genkit/configs/toy"
 # Leading full steps, light steps per full one.
 SETTINGS = ((0, 0), (8, 1), (0, 1), (4, 3), (0, 3), (0, 7))
 FD_STEPS, SPEED_STEPS, SEEDS = 16, {"MaskGIT": 32, "MAR": 64}, (0, 1, 2)
-# MaskGIT in as many steps as times are measured of: steps, light steps per full one, what light steps fill. The last ones are what fewer full steps give.
-CHOICES: dict[str, tuple[int, int, str]] = {
-    "all full": (32, 0, "once"),
-    "chosen once": (32, 3, "once"),
-    "1 light anew": (32, 1, "anew"),
-    "chosen anew": (32, 3, "anew"),
-    "7 light anew": (32, 7, "anew"),
-    "16 full": (16, 0, "once"),
-    "8 full": (8, 0, "once"),
-}
-MEASURED = {"16 full": "fd MaskGIT 0 0", "8 full": "fd MaskGIT 8 steps"}  # with the temperature of the recipe
-ENDS = (1.0, 0.65)  # what the temperature of the draw falls to; the second is the paper's of 16 steps
-RUNS = {"MaskGIT": "masked", "MAR": "mar"}  # trained on the same tokens
-RESGEN_STEPS = 16
-# 64x64 emoji in 16x16 tokens: tokenizer, generator, and what its sampler is compared by; noise and guidance stay the recipe's.
-FINE = {"MaskGIT": ("vq-emoji-fine", "masked-emoji"), "MAR": ("kl-emoji-fine", "mar-emoji")}
 
 
-class Fine(NamedTuple):
+class How(NamedTuple):
+    """How a sampler draws."""
+
     steps: int
     light: int = 0  # per full one
     chosen: str = "once"  # what light steps of ids fill
@@ -61,17 +47,33 @@ class Fine(NamedTuple):
     alone: int = 0  # leading full steps
 
 
+# MaskGIT in as many steps as times are measured of, at every end of ENDS. The last ones are what fewer full steps give.
+CHOICES = {
+    "all full": How(32),
+    "chosen once": How(32, 3),
+    "1 light anew": How(32, 1, "anew"),
+    "chosen anew": How(32, 3, "anew"),
+    "7 light anew": How(32, 7, "anew"),
+    "16 full": How(16),
+    "8 full": How(8),
+}
+MEASURED = {"16 full": "fd MaskGIT 0 0", "8 full": "fd MaskGIT 8 steps"}  # with the temperature of the recipe
+ENDS = (1.0, 0.65)  # what the temperature of the draw falls to; the second is the paper's of 16 steps
+RUNS = {"MaskGIT": "masked", "MAR": "mar"}  # trained on the same tokens
+RESGEN_STEPS = 16
+# 64x64 emoji in 16x16 tokens: tokenizer, generator, and what its sampler is compared by; noise and guidance stay the recipe's.
+FINE = {"MaskGIT": ("vq-emoji-fine", "masked-emoji"), "MAR": ("kl-emoji-fine", "mar-emoji")}
 FINE_CHOICES = {
     "MaskGIT": {
-        "all full": Fine(32),
-        "chosen once": Fine(32, 3),
-        "chosen once to 0.8": Fine(32, 3, end=0.8),
-        "4 full first to 0.8": Fine(32, 3, end=0.8, alone=4),
-        "chosen anew": Fine(32, 3, "anew"),
-        "8 full": Fine(8),
-        "8 full to 0.8": Fine(8, end=0.8),
+        "all full": How(32),
+        "chosen once": How(32, 3),
+        "chosen once to 0.8": How(32, 3, end=0.8),
+        "4 full first to 0.8": How(32, 3, end=0.8, alone=4),
+        "chosen anew": How(32, 3, "anew"),
+        "8 full": How(8),
+        "8 full to 0.8": How(8, end=0.8),
     },
-    "MAR": {"all full": Fine(32), "chosen once": Fine(32, 3), "8 full": Fine(8)},
+    "MAR": {"all full": How(32), "chosen once": How(32, 3), "8 full": How(8)},
 }
 FINE_COUNT = 300  # images of each; five times as many tokens take their time
 SIZE = ["backbone.dim=160", "backbone.depth=3"]  # of ResGen: 1.46 million weights
@@ -146,7 +148,7 @@ def measure(out: Path, given: Path | None, count: int, only: list[str]) -> None:
                     continue
                 keep(
                     f"fd choice {label}, {end:g}, {seed}",
-                    lambda n=name, h=how, e=end, s=seed: distance(out / n, count, s, choice(h, e)),
+                    lambda n=name, h=how, e=end, s=seed: distance(out / n, count, s, choice(h._replace(end=e))),
                 )
         for steps in (4, 8):
             for seed in SEEDS:
@@ -171,19 +173,16 @@ def reuse(host: str, alone: int, light: int, steps: int) -> list[str]:
     return [f"num_steps={steps}", f"reuse={json.dumps(spec)}" if light else "reuse=null"]
 
 
-def choice(how: tuple[int, int, str], end: float, alone: int = 0) -> list[str]:
-    """Changes of the sampler of ids; the temperature of the draw falls to `end` along a root, as in the paper."""
-    steps, light, chosen = how
-    spec = {"type": "recap", "full_steps": alone, "light": light, "choice": chosen}
-    anneal = [f"softmax_end={end}", "softmax_power=0.5"]
-    return [f"num_steps={steps}", f"reuse={json.dumps(spec)}" if light else "reuse=null", *anneal]
+def choice(how: How) -> list[str]:
+    """Changes of the sampler of ids; the temperature of the draw falls along a root, as in the paper."""
+    spec = {"type": "recap", "full_steps": how.alone, "light": how.light, "choice": how.chosen}
+    anneal = [f"softmax_end={how.end}", "softmax_power=0.5"]
+    return [f"num_steps={how.steps}", f"reuse={json.dumps(spec)}" if how.light else "reuse=null", *anneal]
 
 
-def fine(host: str, how: Fine) -> list[str]:
+def fine(host: str, how: How) -> list[str]:
     """Changes of the sampler of a generator of 256 tokens."""
-    if host == "MAR":
-        return reuse(host, how.alone, how.light, how.steps)
-    return choice((how.steps, how.light, how.chosen), how.end, how.alone)
+    return choice(how) if host == "MaskGIT" else reuse(host, how.alone, how.light, how.steps)
 
 
 def distance(run: Path, count: int, seed: int, sampler: list[str], features: str = "fashion-cnn") -> float:
@@ -312,13 +311,12 @@ def reuse_table(found: dict[str, Any]) -> str:
 
 def choice_table(found: dict[str, Any]) -> str:
     rows = []
-    for label, (steps, light, chosen) in CHOICES.items():
-        speed = [choice_speed(found, steps, light, chosen, tokens) for tokens in (256, 1024)]
+    for label, how in CHOICES.items():
+        speed = [choice_speed(found, how, tokens) for tokens in (256, 1024)]
         starts = (MEASURED[label] if label in MEASURED and end == 1 else f"fd choice {label}, {end:g}," for end in ENDS)
         distances = (spread(found, start) for start in starts)
         times = ("not measured" if cell is None else f"{cell:.2f}" for cell in speed)
-        filled = f"{chosen}, {light} per full one" if light else "none"
-        rows.append((str(steps), filled, *times, *distances))
+        rows.append((str(how.steps), filled(how), *times, *distances))
     head = ("steps", "light steps choose", "256 tokens", "1024 tokens")
     return table((*head, *(f"FD, temperature {'1' if end == 1 else f'1 to {end:g}'}" for end in ENDS)), rows)
 
@@ -333,21 +331,25 @@ def fine_table(found: dict[str, Any]) -> str:
                 seconds = statistics.mean(second for _, second in own)
                 times = f"{statistics.mean(full) / seconds:.2f}"
                 cells = [mean_of([value for value, _ in own]), f"{1000 * seconds:.0f}", times]
-            light = f"{how.chosen}, {how.light} per full one" if how.light else "none"
-            light += f", after {how.alone} full ones" if how.alone else ""
             falls = "1" if how.end == 1 else f"1 to {how.end:g}"
             # MAR's order is random, and what it draws has a temperature of another kind.
-            told = (light, falls) if host == "MaskGIT" else (light.removeprefix("once, "), "")
+            told = (filled(how), falls) if host == "MaskGIT" else (filled(how).removeprefix("once, "), "")
             rows.append((host, str(how.steps), *told, *cells))
     head = ("generator", "steps", "light steps choose", "temperature", "FD", "CPU ms per image", "times as fast")
     return table(head, rows)
 
 
-def choice_speed(found: dict[str, Any], steps: int, light: int, chosen: str, tokens: int) -> float | None:
+def filled(how: How) -> str:
+    """What light steps fill, in a table."""
+    after = f", after {how.alone} full ones" if how.alone else ""
+    return f"{how.chosen}, {how.light} per full one{after}" if how.light else "none"
+
+
+def choice_speed(found: dict[str, Any], how: How, tokens: int) -> float | None:
     """Times as fast as 32 steps, all full."""
-    if not light:
-        return 32 / steps
-    key = f"anew {light}" if chosen == "anew" else f"0 {light}"
+    if not how.light:
+        return 32 / how.steps
+    key = f"anew {how.light}" if how.chosen == "anew" else f"0 {how.light}"
     return found.get(f"speed MaskGIT {tokens}", {}).get(key)
 
 
@@ -389,11 +391,11 @@ def reuse_lines(found: dict[str, Any], host: str) -> Lines:
 
 def choice_lines(found: dict[str, Any]) -> Lines:
     lines: Lines = {"light steps, chosen once": [], "light steps, chosen anew": [], "fewer steps, all full": []}
-    for label, (steps, light, chosen) in CHOICES.items():
-        point = choice_speed(found, steps, light, chosen, 256), f"fd choice {label}, {ENDS[1]:g},"
-        lines["fewer steps, all full" if not light else f"light steps, chosen {chosen}"].append(point)
-    for how in ("once", "anew"):
-        lines[f"light steps, chosen {how}"].append((1.0, f"fd choice all full, {ENDS[1]:g},"))
+    for label, how in CHOICES.items():
+        point = choice_speed(found, how, 256), f"fd choice {label}, {ENDS[1]:g},"
+        lines["fewer steps, all full" if not how.light else f"light steps, chosen {how.chosen}"].append(point)
+    for chosen in ("once", "anew"):
+        lines[f"light steps, chosen {chosen}"].append((1.0, f"fd choice all full, {ENDS[1]:g},"))
     return lines
 
 
